@@ -1,0 +1,1 @@
+"""Saving, loading, resuming, and Hugging Face import and export."""

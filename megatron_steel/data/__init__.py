@@ -1,0 +1,1 @@
+"""Indexed files, preprocessing, the data ledger, windows, batches."""

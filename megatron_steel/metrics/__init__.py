@@ -1,0 +1,1 @@
+"""Recording, reduction, sinks and throughput."""

@@ -1,0 +1,1 @@
+"""Parameters, FLOPs, memory and time from the configuration alone. No torch."""

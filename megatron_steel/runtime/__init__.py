@@ -1,0 +1,1 @@
+"""Devices, process groups, seeds, and the layer that lets megatron-core run on CPU over gloo."""

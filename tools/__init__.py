@@ -1,0 +1,1 @@
+"""Command lines over the rooms; no logic of their own."""
