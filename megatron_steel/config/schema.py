@@ -1,0 +1,232 @@
+"""The options of a run: one dataclass per subject, one flat namespace of flags.
+
+Field names are Megatron-LM's flag names with ``_`` for ``-``. The text under a field is its ``--help``.
+A field lives in exactly one group; names are unique across groups, so YAML and the command line are flat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ModelFamily = Literal["llama", "mistral", "qwen2", "qwen3"]
+TransformerImpl = Literal["auto", "transformer_engine", "torch", "local"]
+TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
+DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Sizes and switches of the decoder."""
+
+    model_family: ModelFamily = "qwen2"
+    """Family, which fixes the Hugging Face names on export and what the switches below may be."""
+    num_layers: int = 4
+    """Decoder layers."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 704
+    """Width of the SwiGLU feed-forward."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); one per query head when unset."""
+    kv_channels: int | None = None
+    """Width of one head; hidden_size / num_attention_heads when unset."""
+    max_position_embeddings: int = 2048
+    """Longest sequence the model is declared for; seq_length may not exceed it."""
+    rotary_base: float = 10000.0
+    """Base of the rotary embedding (rope theta)."""
+    use_rope_scaling: bool = False
+    """Llama 3 scaling of the rotary frequencies."""
+    rope_scaling_factor: float = 8.0
+    """Factor of the Llama 3 scaling (8 for Llama 3.1, 32 for Llama 3.2)."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of RMSNorm."""
+    qk_layernorm: bool = False
+    """RMSNorm on each query and key head (Qwen3)."""
+    add_qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer its own weight instead of the embedding's."""
+    init_method_std: float = 0.02
+    """Standard deviation of the normal initialisation."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities."""
+    hidden_dropout: float = 0.0
+    """Dropout on the residual branches."""
+    vocab_size: int | None = None
+    """Rows before padding; the tokenizer's size when unset. May be larger than the tokenizer's, never smaller."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers per model chunk; switches on the interleaved pipeline schedule."""
+    sequence_parallel: bool = False
+    """Split activations outside attention and feed-forward over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters during the next forward pass; needs the two flags above."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run with an error."""
+    transformer_impl: TransformerImpl = "auto"
+    """Layer backend: auto takes transformer_engine where it imports and a GPU is there, else torch."""
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """The tokenizer the data was encoded with."""
+
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
+    """Kind of tokenizer."""
+    tokenizer_model: str | None = None
+    """Folder (Hugging Face) or file (SentencePiece, tiktoken) of the tokenizer."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is trained on, and in which order."""
+
+    data_path: list[str] = field(default_factory=list)
+    """Indexed datasets: PREFIX, or WEIGHT PREFIX pairs, or several PREFIX weighted by their tokens."""
+    split: str = "969,30,1"
+    """Shares of the documents of each data_path for training, validation and test."""
+    train_data_path: list[str] = field(default_factory=list)
+    """Training data in the same forms; instead of data_path and split."""
+    valid_data_path: list[str] = field(default_factory=list)
+    """Validation sets as NAME=PREFIX or PREFIX; each is evaluated and logged by name."""
+    append_data: bool = False
+    """On resume, accept other sources or weights: a new segment opens over unused old and all new windows."""
+    max_epochs_per_source: float = 4.0
+    """Refuse a run that would repeat a source more often than this."""
+    eod_mask_loss: bool = False
+    """No loss on positions whose input is the end-of-document token."""
+    seed: int = 1234
+    """Seed of initialisation, dropout and data order."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Batch, length and numbers of the run."""
+
+    micro_batch_size: int = 1
+    """Samples per forward pass on one data-parallel rank."""
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all ranks; micro_batch_size x data-parallel size when unset."""
+    seq_length: int = 1024
+    """Tokens per sample."""
+    train_iters: int = 100
+    """Optimizer steps of the whole run."""
+    exit_interval: int | None = None
+    """Save and stop after an iteration divisible by this."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after this many minutes."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 main weights and gradients; fp32 otherwise."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedules."""
+
+    lr: float = 3e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Lowest learning rate after decay."""
+    lr_decay_style: DecayStyle = "cosine"
+    """Shape of the decay."""
+    lr_decay_iters: int | None = None
+    """Iteration at which the decay ends; train_iters when unset."""
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of the decay iterations; instead of lr_warmup_iters."""
+    lr_wsd_decay_style: WsdDecayStyle = "exponential"
+    """Shape of the last phase of WSD."""
+    lr_wsd_decay_iters: int | None = None
+    """Iterations of the last phase of WSD; required by it."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    decay_embeddings: bool = True
+    """Apply weight decay to embedding and output matrices too."""
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+    adam_beta2: float = 0.95
+    """Second-moment decay."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    override_opt_param_scheduler: bool = False
+    """On resume, take learning rate, schedule and weight decay from these options, not from the checkpoint."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Where a run is saved and where it starts."""
+
+    save: str | None = None
+    """Directory of the run's checkpoints; also gets metrics.jsonl."""
+    load: str | None = None
+    """Checkpoint directory to start from; missing is an error."""
+    auto_resume: bool = False
+    """Go on from the newest checkpoint in save when there is one, else start as usual."""
+    save_interval: int | None = None
+    """Iterations between checkpoints; the last iteration is always saved when save is given."""
+    save_total_limit: int | None = None
+    """Keep this many newest checkpoints and remove older ones."""
+    ckpt_step: int | None = None
+    """Load this iteration instead of the newest."""
+    finetune: bool = False
+    """Take only the weights from load: iteration, optimizer, data order and random state start fresh."""
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What is reported, and where."""
+
+    log_interval: int = 10
+    """Iterations between log lines."""
+    tensorboard_dir: str | None = None
+    """Write TensorBoard events here."""
+    wandb_project: str | None = None
+    """Report to this Weights & Biases project; offline when it cannot be reached."""
+    wandb_exp_name: str | None = None
+    """Name of the Weights & Biases run."""
+    wandb_save_dir: str | None = None
+    """Directory of the Weights & Biases files; SAVE when unset."""
+    eval_interval: int | None = None
+    """Iterations between evaluations on the validation sets; only at the end when unset."""
+    eval_iters: int = 100
+    """Global batches per evaluation and validation set."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything a run needs to know."""
+
+    config: str | None = None
+    """YAML file with the same keys as the flags; the command line wins."""
+    model: str | None = None
+    """Preset name (steel_tiny, steel_1b, ...) or Hugging Face folder; expands to the sizes below."""
+    size: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
