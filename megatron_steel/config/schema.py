@@ -20,7 +20,7 @@ WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 class ModelConfig:
     """Sizes and switches of the decoder."""
 
-    model_family: ModelFamily = "qwen2"
+    model_family: ModelFamily = "llama"
     """Family, which fixes the Hugging Face names on export and what the switches below may be."""
     num_layers: int = 4
     """Decoder layers."""

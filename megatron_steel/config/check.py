@@ -1,0 +1,228 @@
+"""Cross-field rules: one small function each, run before anything heavy is imported.
+
+Each raises ``ValueError`` with one line that names the fields, their values and a way out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_steel.config.schema import Config
+
+
+def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding: ``vocab_size`` rounded up so that every tensor-parallel rank gets the same number."""
+    multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def check(config: Config, world_size: int = 1) -> list[str]:
+    """Check and complete a configuration in place; returns warnings about settings without effect."""
+    check_positive(config)
+    check_heads(config)
+    check_family(config)
+    check_layers(config)
+    check_schedule(config)
+    check_batch(config, data_parallel_size(config, world_size))
+    check_overlap(config)
+    check_checkpoint(config)
+    return settings_without_effect(config, world_size)
+
+
+def check_positive(config: Config) -> None:
+    """Sizes and counts must be at least 1."""
+    for group, names in (
+        (config.size, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")),
+        (config.size, ("kv_channels", "make_vocab_size_divisible_by", "vocab_size", "max_position_embeddings")),
+        (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
+        (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
+        (config.training, ("micro_batch_size", "global_batch_size", "seq_length", "train_iters", "exit_interval")),
+        (config.checkpoint, ("save_interval", "save_total_limit")),
+        (config.logging, ("log_interval", "eval_interval")),
+        (config.optimizer, ("lr",)),
+    ):
+        for name in names:
+            value = getattr(group, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
+
+
+def divisors_near(number: int, wish: int, allowed: Sequence[int] | None = None) -> list[int]:
+    """Divisors of ``number`` closest to ``wish`` (at most two), the nearest first."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0 and (allowed is None or d in allowed)]
+    return sorted(divisors, key=lambda d: (abs(d - wish), d))[:2]
+
+
+def check_heads(config: Config) -> None:
+    """Heads must divide the width, groups the heads, tensor parallelism both; a rotary head must be even."""
+    size, tensor = config.size, config.parallel.tensor_model_parallel_size
+    heads, groups = size.num_attention_heads, size.num_query_groups or size.num_attention_heads
+    if size.kv_channels is None and size.hidden_size % heads:
+        near = " or ".join(str(d) for d in divisors_near(size.hidden_size, heads))
+        raise ValueError(
+            f"--hidden-size {size.hidden_size} is not divisible by --num-attention-heads {heads}; "
+            f"use {near} heads, or set --kv-channels"
+        )
+    if (size.kv_channels or size.hidden_size // heads) % 2:
+        raise ValueError(
+            f"head width {size.kv_channels or size.hidden_size // heads} is odd; rotary embeddings need it even"
+        )
+    if heads % groups:
+        near = " or ".join(str(d) for d in divisors_near(heads, groups))
+        raise ValueError(f"--num-attention-heads {heads} is not divisible by --num-query-groups {groups}; use {near}")
+    for name, value in (("num-attention-heads", heads), ("num-query-groups", groups), ("ffn-hidden-size", None)):
+        value = size.ffn_hidden_size if value is None else value
+        if value % tensor:
+            near = " or ".join(str(d) for d in divisors_near(value, tensor))
+            raise ValueError(f"--{name} {value} is not divisible by --tensor-model-parallel-size {tensor}; use {near}")
+
+
+def check_family(config: Config) -> None:
+    """A family fixes some switches; a model that mixes them could not be exported."""
+    size = config.size
+    if size.add_qkv_bias != (size.model_family == "qwen2"):
+        word = "needs" if size.model_family == "qwen2" else "has no"
+        raise ValueError(f"--model-family {size.model_family} {word} --add-qkv-bias; llama has none, qwen2 has it")
+    if size.qk_layernorm != (size.model_family == "qwen3"):
+        word = "needs" if size.model_family == "qwen3" else "has no"
+        raise ValueError(f"--model-family {size.model_family} {word} --qk-layernorm; llama has none, qwen3 has it")
+    if config.training.seq_length > size.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {config.training.seq_length} is longer than "
+            f"--max-position-embeddings {size.max_position_embeddings}; raise the latter"
+        )
+
+
+def check_layers(config: Config) -> None:
+    """Pipeline stages and virtual chunks must divide the layers."""
+    layers, parallel = config.size.num_layers, config.parallel
+    stages, chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    if layers % stages:
+        near = " or ".join(str(d) for d in divisors_near(layers, stages))
+        raise ValueError(
+            f"--num-layers {layers} is not divisible by --pipeline-model-parallel-size {stages}; use {near} stages"
+        )
+    if chunk is None:
+        return
+    if stages == 1:
+        raise ValueError("--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size 2 or more")
+    if (layers // stages) % chunk:
+        near = " or ".join(str(d) for d in divisors_near(layers // stages, chunk))
+        raise ValueError(
+            f"{layers // stages} layers per stage are not divisible by "
+            f"--num-layers-per-virtual-pipeline-stage {chunk}; use {near}"
+        )
+
+
+def virtual_chunks(config: Config) -> int | None:
+    """Model chunks per pipeline stage, or None without interleaving."""
+    chunk = config.parallel.num_layers_per_virtual_pipeline_stage
+    if chunk is None:
+        return None
+    chunks = config.size.num_layers // config.parallel.pipeline_model_parallel_size // chunk
+    return chunks if chunks > 1 else None
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Replicas of the model; ``ValueError`` when the ranks cannot be divided."""
+    parallel = config.parallel
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % model_ranks:
+        raise ValueError(
+            f"{world_size} processes are not divisible by --tensor-model-parallel-size "
+            f"{parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{parallel.pipeline_model_parallel_size} = {model_ranks}; start a multiple of {model_ranks} "
+            f"(torchrun --nproc-per-node)"
+        )
+    return world_size // model_ranks
+
+
+def check_batch(config: Config, replicas: int) -> None:
+    """global batch = micro batch x replicas x accumulation, exactly."""
+    training = config.training
+    per_pass = training.micro_batch_size * replicas
+    if training.global_batch_size is None:
+        training.global_batch_size = per_pass
+    if training.global_batch_size % per_pass:
+        above = math.ceil(training.global_batch_size / per_pass) * per_pass
+        raise ValueError(
+            f"--global-batch-size {training.global_batch_size} is not --micro-batch-size {training.micro_batch_size} "
+            f"x {replicas} data-parallel ranks x a whole number; use {max(per_pass, above - per_pass)} or {above}"
+        )
+    stages, accumulation = config.parallel.pipeline_model_parallel_size, training.global_batch_size // per_pass
+    if virtual_chunks(config) and accumulation % stages:
+        raise ValueError(
+            f"{accumulation} micro-batches per step are not divisible by --pipeline-model-parallel-size {stages}, "
+            f"which interleaving needs; use --global-batch-size {per_pass * stages * math.ceil(accumulation / stages)}"
+        )
+    tensor = config.parallel.tensor_model_parallel_size
+    if config.parallel.sequence_parallel and training.seq_length % tensor:
+        raise ValueError(
+            f"--seq-length {training.seq_length} is not divisible by --tensor-model-parallel-size {tensor}, "
+            f"which --sequence-parallel needs; use {training.seq_length // tensor * tensor}"
+        )
+
+
+def check_schedule(config: Config) -> None:
+    """The learning rate must be able to follow its curve."""
+    options = config.optimizer
+    decay_iters = options.lr_decay_iters or config.training.train_iters
+    if options.min_lr > options.lr:
+        raise ValueError(f"--min-lr {options.min_lr} is above --lr {options.lr}")
+    if options.lr_warmup_fraction is not None:
+        if options.lr_warmup_iters:
+            raise ValueError("give --lr-warmup-fraction or --lr-warmup-iters, not both")
+        if not 0 <= options.lr_warmup_fraction < 1:
+            raise ValueError(f"--lr-warmup-fraction {options.lr_warmup_fraction} must be at least 0 and below 1")
+    elif options.lr_warmup_iters >= decay_iters and options.lr_warmup_iters > 0:
+        raise ValueError(
+            f"--lr-warmup-iters {options.lr_warmup_iters} must be below the {decay_iters} iterations of the decay "
+            f"(--lr-decay-iters, or --train-iters when unset)"
+        )
+    if options.lr_decay_style == "WSD":
+        last = options.lr_wsd_decay_iters
+        if last is None or not 0 < last <= decay_iters:
+            raise ValueError(f"--lr-decay-style WSD needs --lr-wsd-decay-iters between 1 and {decay_iters}")
+
+
+def check_overlap(config: Config) -> None:
+    """megatron-core gathers parameters late only for sharded state whose gradients are reduced early."""
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size 2 or more")
+
+
+def check_checkpoint(config: Config) -> None:
+    """Flags about checkpoints that need each other."""
+    options = config.checkpoint
+    for name in ("save_interval", "save_total_limit", "auto_resume"):
+        if getattr(options, name) and options.save is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --save DIRECTORY")
+    if options.ckpt_step is not None and options.load is None:
+        raise ValueError("--ckpt-step needs --load DIRECTORY")
+    if options.finetune and options.load is None:
+        raise ValueError("--finetune needs --load DIRECTORY")
+    if config.data.data_path and config.data.train_data_path:
+        raise ValueError("give --data-path with --split, or --train-data-path with --valid-data-path, not both")
+
+
+def settings_without_effect(config: Config, world_size: int) -> list[str]:
+    """One line for each setting that changes nothing in this run."""
+    notes = []
+    options, logging = config.optimizer, config.logging
+    if options.lr_wsd_decay_iters is not None and options.lr_decay_style != "WSD":
+        notes.append(f"--lr-wsd-decay-iters has no effect with --lr-decay-style {options.lr_decay_style}")
+    if options.lr_decay_style == "constant" and options.min_lr:
+        notes.append("--min-lr has no effect with --lr-decay-style constant")
+    if logging.wandb_exp_name and not logging.wandb_project:
+        notes.append("--wandb-exp-name has no effect without --wandb-project")
+    if config.parallel.use_distributed_optimizer and data_parallel_size(config, world_size) == 1:
+        notes.append("--use-distributed-optimizer shards nothing on one data-parallel rank")
+    if options.override_opt_param_scheduler and not (config.checkpoint.load or config.checkpoint.auto_resume):
+        notes.append("--override-opt-param-scheduler has no effect without --load or --auto-resume")
+    if config.data.append_data and not (config.checkpoint.load or config.checkpoint.auto_resume):
+        notes.append("--append-data has no effect without --load or --auto-resume")
+    return notes
