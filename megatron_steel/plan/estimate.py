@@ -1,0 +1,237 @@
+"""Parameters, FLOPs, bytes and time of a run from its configuration alone. No torch.
+
+Conventions, so that numbers can be compared with published ones:
+
+* FLOPs per token are those of training (forward + backward = 3 x forward, 2 FLOPs per multiply-add), without
+  recomputation: 6 per weight that takes part in a matrix product, including the LM head and excluding the input
+  embedding (a lookup), plus attention scores and values. ``full`` counts every query against every key,
+  12 * L * heads * head_width * S per token (PaLM, Chowdhery et al. 2022, appendix B); ``causal`` counts half of that.
+  Logs use ``full``.
+* Bytes of weights, gradients and optimizer state: the table of ZeRO (Rajbhandari et al. 2020, section 3.1) with fp32
+  gradients. Activations: Korthikanti et al. 2022 (arXiv:2205.05198), section 4, redone for SwiGLU, grouped queries,
+  rotary embeddings and an attention that keeps no score matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_steel.config.check import data_parallel_size, virtual_chunks
+from megatron_steel.config.schema import Config, ModelConfig
+
+AttentionCount = Literal["full", "causal"]
+
+# Share of the device that stays free for the allocator's gaps, library workspaces, communication buffers and the
+# transient tensors of the backward pass.
+RESERVE = 0.10
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model.
+
+    ``matmul`` are those that work on every token in a matrix product: all layers' matrices and the LM head (the
+    embedding matrix itself when tied), but no norms, biases or input lookup.
+    """
+
+    total: int
+    embedding: int
+    output: int
+    per_layer: int
+    matmul: int
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """What a token budget takes."""
+
+    flops: float
+    seconds: float
+    device_hours: float
+
+
+def head_width(model: ModelConfig) -> int:
+    """Channels of one attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def query_width(model: ModelConfig) -> int:
+    """Channels of all query heads together."""
+    return model.num_attention_heads * head_width(model)
+
+
+def key_width(model: ModelConfig) -> int:
+    """Channels of all key heads together; the same for values."""
+    return (model.num_query_groups or model.num_attention_heads) * head_width(model)
+
+
+def layer_matrices(model: ModelConfig) -> int:
+    """Weights of one layer's matrices: query, key, value, output projection, gate, up, down."""
+    attention = model.hidden_size * (2 * query_width(model) + 2 * key_width(model))
+    return attention + 3 * model.hidden_size * model.ffn_hidden_size
+
+
+def layer_bias(model: ModelConfig) -> int:
+    """Biases of one layer's query, key and value projections."""
+    return query_width(model) + 2 * key_width(model) if model.add_qkv_bias else 0
+
+
+def layer_norms(model: ModelConfig) -> int:
+    """Weights of one layer's norms."""
+    return 2 * model.hidden_size + (2 * head_width(model) if model.qk_layernorm else 0)
+
+
+def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
+    """Exact number of parameters.
+
+    ``vocab_size`` is the padded number of rows for what is trained, the unpadded one for what is exported.
+    """
+    embedding = vocab_size * model.hidden_size
+    output = embedding if model.untie_embeddings_and_output_weights else 0
+    per_layer = layer_matrices(model) + layer_bias(model) + layer_norms(model)
+    return ParameterCount(
+        total=embedding + model.num_layers * per_layer + model.hidden_size + output,
+        embedding=embedding,
+        output=output,
+        per_layer=per_layer,
+        matmul=model.num_layers * layer_matrices(model) + embedding,
+    )
+
+
+def flops_per_token(
+    model: ModelConfig, seq_length: int, padded_vocab_size: int, attention: AttentionCount = "full"
+) -> float:
+    """Training FLOPs (forward + backward) per token at a sequence length; see the module's conventions."""
+    keys = seq_length if attention == "full" else seq_length / 2
+    scores = 12.0 * model.num_layers * query_width(model) * keys
+    return 6.0 * count_parameters(model, padded_vocab_size).matmul + scores
+
+
+def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> int:
+    """Parameters on one rank of a pipeline stage. Norms are whole on every tensor-parallel rank, the rest is split."""
+    model, parallel = config.size, config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layer = (layer_matrices(model) + layer_bias(model)) // tensor + layer_norms(model)
+    table = padded_vocab_size * model.hidden_size // tensor
+    first, last = stage == 0, stage == stages - 1
+    # The last stage has a copy of a tied embedding, unless it is the first one too.
+    tables = int(first) + int(last and (stages > 1 or model.untie_embeddings_and_output_weights))
+    return model.num_layers // stages * layer + tables * table + (model.hidden_size if last else 0)
+
+
+def layer_activation_bytes(config: Config, tokens: int) -> int:
+    """Bytes one layer keeps for the backward pass of ``tokens`` tokens on one rank, nothing recomputed.
+
+    Per token, in elements: norm inputs and outputs 4 H (whole on each tensor-parallel rank unless sequence-parallel);
+    query and attention output, key and value; gate, up, activated gate and their product 4 F; normed query and key
+    once more where they have a norm; plus fp32 log-sum-exp per head, and one byte per dropout mask element.
+    """
+    model, tensor = config.size, config.parallel.tensor_model_parallel_size
+    element = 2 if config.training.bf16 else 4
+    split = 2 * query_width(model) + 2 * key_width(model) + 4 * model.ffn_hidden_size
+    if model.qk_layernorm:
+        split += query_width(model) + key_width(model)
+    residual = 4 * model.hidden_size * element + (2 * model.hidden_size if model.hidden_dropout else 0)
+    whole = tensor if config.parallel.sequence_parallel else 1
+    return tokens * (split * element + 4 * model.num_attention_heads) // tensor + tokens * residual // whole
+
+
+def layers_in_flight(config: Config, micro_batches: int, stage: int) -> int:
+    """Layers x micro-batches whose activations a pipeline stage holds at its peak.
+
+    One-forward-one-backward keeps ``stages - stage`` micro-batches; the interleaved schedule keeps chunks as in
+    Narayanan et al. 2021 (arXiv:2104.04473), section 2.2.
+    """
+    stages, layers = config.parallel.pipeline_model_parallel_size, config.size.num_layers
+    chunks = virtual_chunks(config)
+    if chunks is None:
+        return min(stages - stage, micro_batches) * layers // stages
+    warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+    return min(warm_up, micro_batches * chunks) * layers // (stages * chunks)
+
+
+def stage_memory(
+    config: Config, padded_vocab_size: int, replicas: int, stage: int, micro_batch_size: int, micro_batches: int
+) -> RankMemory:
+    """Bytes on one rank of a pipeline stage, for ``micro_batches`` per step of ``micro_batch_size`` samples each."""
+    model, training, parallel = config.size, config.training, config.parallel
+    tensor, last = parallel.tensor_model_parallel_size, stage == parallel.pipeline_model_parallel_size - 1
+    element = 2 if training.bf16 else 4
+    parameters = stage_parameters(config, padded_vocab_size, stage)
+    # Two fp32 moments, and an fp32 copy of bf16 weights.
+    state = parameters * (12 if training.bf16 else 8)
+    tokens = training.seq_length * micro_batch_size
+    edges = int(stage == 0) + 2 * int(last)  # embedding output; input and output of the last norm
+    edge = tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)
+    # The loss reuses fp32 logits for the softmax and its gradient; bf16 logits live beside their fp32 copy.
+    logits = tokens * padded_vocab_size // tensor * (6 if training.bf16 else 4)
+    layers = layers_in_flight(config, micro_batches, stage)
+    return RankMemory(
+        weights=parameters * element,
+        gradients=parameters * 4,
+        optimizer=-(-state // replicas) if parallel.use_distributed_optimizer else state,
+        activations=layers * layer_activation_bytes(config, tokens) + edges * edge,
+        logits=logits if last else 0,
+    )
+
+
+def memory_per_rank(config: Config, padded_vocab_size: int, world_size: int) -> RankMemory:
+    """Bytes on the fullest rank of a checked configuration that runs on ``world_size`` devices."""
+    training, replicas = config.training, data_parallel_size(config, world_size)
+    per_pass = training.micro_batch_size * replicas
+    micro_batches = (training.global_batch_size or per_pass) // per_pass
+    stages = (
+        stage_memory(config, padded_vocab_size, replicas, stage, training.micro_batch_size, micro_batches)
+        for stage in range(config.parallel.pipeline_model_parallel_size)
+    )
+    return max(stages, key=lambda memory: memory.total)
+
+
+def max_micro_batch(config: Config, padded_vocab_size: int, world_size: int, memory_bytes: float) -> int:
+    """Largest micro-batch that leaves :data:`RESERVE` of a device free; 0 when not even one sample fits.
+
+    ``global_batch_size`` is taken as large enough to fill the pipeline.
+    """
+    replicas, stages = data_parallel_size(config, world_size), config.parallel.pipeline_model_parallel_size
+    usable = memory_bytes * (1 - RESERVE)
+    fits = []
+    for stage in range(stages):
+        empty, one = (
+            stage_memory(config, padded_vocab_size, replicas, stage, size, 2 * stages).total for size in (0, 1)
+        )
+        fits.append(max(0, int((usable - empty) // (one - empty))))
+    return min(fits)
+
+
+def run_time(tokens: float, flops_each: float, devices: int, peak_flops: float, mfu: float) -> RunTime:
+    """Time for a token budget at a model FLOPs utilisation.
+
+    Args:
+        tokens: tokens of the run.
+        flops_each: :func:`flops_per_token`, in the convention that ``mfu`` was measured in.
+        devices: how many work on it.
+        peak_flops: FLOP/s of one device.
+        mfu: share of the peak that is reached, in (0, 1].
+    """
+    if not (devices > 0 and peak_flops > 0 and 0 < mfu <= 1):
+        raise ValueError(f"need devices > 0, peak > 0 and 0 < mfu <= 1, not {devices}, {peak_flops:g} and {mfu}")
+    flops = tokens * flops_each
+    seconds = flops / (devices * peak_flops * mfu)
+    return RunTime(flops=flops, seconds=seconds, device_hours=seconds * devices / 3600)

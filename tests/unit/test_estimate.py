@@ -1,0 +1,239 @@
+"""Parameter counts against transformers, FLOPs against published anchors, memory against a plain computation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_steel.config.presets import PRESETS
+from megatron_steel.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_steel.plan import estimate
+from megatron_steel.plan.estimate import count_parameters, flops_per_token, max_micro_batch, memory_per_rank, run_time
+
+HF_CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def hf_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Numbers of parameters by name of the same model in transformers, built without memory."""
+    make_config, make_model = HF_CLASSES[model.model_family]
+    config = make_config(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_query_groups or model.num_attention_heads,
+        head_dim=estimate.head_width(model),
+        tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+    )
+    with torch.device("meta"):
+        return {name: weight.numel() for name, weight in make_model(config).named_parameters()}
+
+
+def preset(name: str) -> ModelConfig:
+    """The sizes of a preset."""
+    return ModelConfig(**PRESETS[name])
+
+
+SMALL = {"num_layers": 2, "hidden_size": 96, "ffn_hidden_size": 160, "num_attention_heads": 6}
+FAMILIES = [
+    ModelConfig(model_family="llama", **SMALL),
+    ModelConfig(model_family="mistral", num_query_groups=2, **SMALL),
+    ModelConfig(model_family="qwen2", num_query_groups=3, add_qkv_bias=True, **SMALL),
+    ModelConfig(model_family="qwen3", num_query_groups=2, kv_channels=32, qk_layernorm=True, **SMALL),
+]
+SIZES = FAMILIES + [replace(model, untie_embeddings_and_output_weights=True) for model in FAMILIES]
+SIZES += [preset(name) for name in PRESETS]
+
+
+@pytest.mark.parametrize("model", SIZES, ids=lambda m: f"{m.model_family}-{m.num_layers}x{m.hidden_size}")
+def test_parameters_equal_transformers(model: ModelConfig) -> None:
+    vocab = model.vocab_size or 1000
+    theirs, ours = hf_parameters(model, vocab), count_parameters(model, vocab)
+    assert ours.total == sum(theirs.values())
+    assert ours.embedding == theirs["model.embed_tokens.weight"]
+    assert ours.per_layer == sum(n for name, n in theirs.items() if name.startswith("model.layers.1."))
+    assert ours.output == theirs.get("lm_head.weight", 0)
+    matrices = sum(n for name, n in theirs.items() if "proj.weight" in name)
+    assert ours.matmul == matrices + theirs.get("lm_head.weight", ours.embedding)
+
+
+def test_known_sizes() -> None:
+    assert count_parameters(preset("steel_1b"), 151936).total == 1_122_729_216
+    # The published number of unembedded and total parameters of Llama-3.2-1B and Llama-3-8B.
+    assert count_parameters(preset("llama3.2_1b"), 128256).total == 1_235_814_400
+    assert count_parameters(preset("llama3_8b"), 128256).total == 8_030_261_248
+
+
+TINY_LLAMA = ModelConfig(
+    num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4, vocab_size=32000
+)
+OLMO2_1B = ModelConfig(
+    num_layers=18, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=16, vocab_size=100352
+)
+QWEN1_5_1_8B = ModelConfig(
+    num_layers=24, hidden_size=2048, ffn_hidden_size=5504, num_attention_heads=16, vocab_size=151936
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "seq_length", "gigaflops"),
+    [
+        (preset("qwen2.5_0.5b"), 4096, 4.02),
+        (TINY_LLAMA, 2048, 7.31),
+        (preset("llama3.2_1b"), 2048, 8.22),
+        (preset("llama3.2_1b"), 4096, 9.03),
+        (OLMO2_1B, 4096, 8.59),
+        (QWEN1_5_1_8B, 2048, 10.36),
+        (preset("qwen3_1.7b"), 4096, 13.14),
+        (preset("llama3_8b"), 4096, 51.5),
+    ],
+)
+def test_flops_anchors(model: ModelConfig, seq_length: int, gigaflops: float) -> None:
+    assert model.vocab_size is not None
+    digits = 1 if gigaflops > 50 else 2
+    assert round(flops_per_token(model, seq_length, model.vocab_size) / 1e9, digits) == gigaflops
+
+
+def test_flops_equal_a_counted_forward_pass() -> None:
+    """Three times what PyTorch's own counter sees in a forward pass of the same model in transformers."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, vocab, length = FAMILIES[2], 512, 64
+    make_config, make_model = HF_CLASSES["qwen2"]
+    network = make_model(
+        make_config(
+            vocab_size=vocab,
+            hidden_size=96,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            attn_implementation="eager",
+        )
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(2, length, dtype=torch.long))
+    rotary = 2 * estimate.head_width(model) // 2 * length * 2  # transformers makes its angles with a matrix product
+    counted = counter.get_total_flops()
+    expected = flops_per_token(model, length, vocab) / 3 * 2 * length
+    assert expected <= counted <= expected + rotary * 2
+
+
+def test_causal_is_half_of_the_attention() -> None:
+    model = preset("steel_1b")
+    full, causal = (flops_per_token(model, 2048, 151936, kind) for kind in ("full", "causal"))
+    assert full - causal == 6 * 18 * 1792 * 2048
+    assert flops_per_token(model, 0, 151936) == 6 * count_parameters(model, 151936).matmul
+
+
+def steel(bf16: bool = True, **parallel: object) -> Config:
+    """A configuration of steel_1b at 2048 tokens."""
+    return Config(
+        size=preset("steel_1b"),
+        parallel=ParallelConfig(**parallel),
+        training=TrainingConfig(seq_length=2048, micro_batch_size=4, bf16=bf16),
+    )
+
+
+def test_bytes_per_parameter() -> None:
+    """18 and 16 bytes per parameter; with a distributed optimizer 6 + 12 / d and 8 + 8 / d."""
+    total = 1_122_729_216
+    for bf16, sharded, expected in (
+        (True, False, 18),
+        (False, False, 16),
+        (True, True, 6 + 12 / 8),
+        (False, True, 8 + 8 / 8),
+    ):
+        memory = memory_per_rank(steel(bf16, use_distributed_optimizer=sharded), 151936, 8)
+        assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(total * expected, abs=8)
+
+
+def test_parts_of_a_split_model_make_the_whole() -> None:
+    config = steel()
+    whole = estimate.stage_parameters(config, 151936, 0)
+    assert whole == 1_122_729_216
+    stages = [estimate.stage_parameters(steel(pipeline_model_parallel_size=3), 151936, s) for s in range(3)]
+    assert sum(stages) == whole and stages[1] == 6 * count_parameters(config.size, 151936).per_layer
+    split = estimate.stage_parameters(steel(tensor_model_parallel_size=4), 151936, 0)
+    norms = 18 * 2 * 1792 + 1792
+    assert 4 * (split - norms) + norms == whole
+    tied = replace(config.size, untie_embeddings_and_output_weights=False)
+    ends = [
+        estimate.stage_parameters(replace(steel(pipeline_model_parallel_size=2), size=tied), 151936, s) for s in (0, 1)
+    ]
+    assert ends[1] - ends[0] == 1792  # both hold the embedding, the last one also the last norm
+
+
+def test_pipeline_keeps_as_much_as_the_papers_say() -> None:
+    """First stage: L layers of activations with 1F1B, L (1 + (p - 1) / (p v)) interleaved (Korthikanti et al. 4.2.3)."""
+    one = steel(pipeline_model_parallel_size=3)
+    assert [estimate.layers_in_flight(one, 16, s) for s in range(3)] == [18, 12, 6]
+    assert estimate.layers_in_flight(one, 1, 0) == 6
+    two = steel(pipeline_model_parallel_size=3, num_layers_per_virtual_pipeline_stage=2)
+    assert estimate.layers_in_flight(two, 16, 0) == round(18 * (1 + 2 / 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 3]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(20, 400).map(lambda gib: gib * 2**28),
+)
+def test_max_micro_batch_is_the_largest_that_fits(
+    tensor: int, stages: int, bf16: bool, sharded: bool, memory: int
+) -> None:
+    config = steel(
+        bf16,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=stages,
+        sequence_parallel=tensor > 1,
+        use_distributed_optimizer=sharded,
+    )
+    world = tensor * stages * 2
+    best = max_micro_batch(config, 151936, world, memory)
+
+    def needed(size: int) -> int:
+        training = replace(config.training, micro_batch_size=size, global_batch_size=size * 2 * 2 * stages)
+        return memory_per_rank(replace(config, training=training), 151936, world).total
+
+    assert needed(best + 1) > memory * (1 - estimate.RESERVE)
+    if best:
+        assert needed(best) <= memory * (1 - estimate.RESERVE)
+
+
+def test_run_time() -> None:
+    # One exaFLOP budget on 8 devices of 500 TFLOP/s at half of the peak: 500 s.
+    time = run_time(tokens=1e8, flops_each=1e10, devices=8, peak_flops=5e14, mfu=0.5)
+    assert (time.flops, time.seconds, time.device_hours) == (1e18, 500.0, pytest.approx(8 * 500 / 3600))
+    with pytest.raises(ValueError, match="mfu"):
+        run_time(1e8, 1e10, 8, 5e14, 40)
+
+
+def test_plan_and_tool_need_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
+        "from tools.plan import main\n"
+        "main('--model steel_1b --seq-length 2048 --bf16 --gpus 8 --tokens 1e12'.split())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "1,122,729,216" in result.stdout and "TFLOP" in result.stdout
+
+
+def test_training_defaults_are_enough() -> None:
+    """A configuration that was not checked (no global batch) can still be estimated."""
+    assert memory_per_rank(Config(training=TrainingConfig()), 1024, 1).total > 0
