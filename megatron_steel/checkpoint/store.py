@@ -1,0 +1,147 @@
+"""Saving and loading: model and optimizer through megatron-core's ``torch_dist``, the rest as JSON and safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from safetensors.torch import load_file, save_file
+
+from megatron_steel.checkpoint import files
+from megatron_steel.checkpoint.state import STATE_FILE, TrainState
+from megatron_steel.model.build import Model
+from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.world import World
+
+# The only layouts of sharded optimizer state that megatron-core 0.16.1 can write; this one loads on any TP x PP x DP.
+OPTIMIZER_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the previous one is intact."""
+
+
+def model_state(model: Model) -> dict[str, Any]:
+    """The sharded state of every chunk this rank holds, under megatron-core's names."""
+    bare = model.language_models()
+    names = ["model"] if len(bare) == 1 else [f"model{index}" for index in range(len(bare))]
+    return {name: module.sharded_state_dict() for name, module in zip(names, bare, strict=True)}
+
+
+def together(world: World, what: str, work: Callable[[], Any]) -> Any:
+    """Run a rank's share of a save; when any rank fails, all of them raise instead of waiting for each other."""
+    failure: Exception | None = None
+    result = None
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it first
+        failure = error
+    if runtime.agree(world, failure is not None):
+        raise SaveError(f"{what}: {failure or 'another rank failed'}") from failure
+    return result
+
+
+def save(
+    root: Path,
+    model: Model,
+    optimizer: ChainedOptimizer | None,
+    state: TrainState,
+    world: World,
+    write_extras: Callable[[Path], None],
+    keep: int | None = None,
+) -> Path:
+    """Write and publish one checkpoint; collective over all ranks.
+
+    ``write_extras`` writes files every reader needs (tokenizer) into the directory, on rank 0. ``keep`` is the number
+    of checkpoints that stay. Raises :class:`SaveError` on all ranks when any of them fails; nothing is published then.
+    """
+    temporary = files.temporary_directory(root, state.iteration)
+
+    def prepare() -> None:
+        if world.rank == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            files.remove_leftovers(root)
+            temporary.mkdir()
+
+    def write_tensors() -> None:
+        sharded = model_state(model)
+        if optimizer is not None:
+            sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=OPTIMIZER_LAYOUT)
+        dist_checkpointing.save(sharded, str(temporary))
+
+    def write_rest() -> dict[str, dict[str, Any]]:
+        save_file(runtime.rng_state(), temporary / rng_file(world.rank))
+        if world.rank == 0:
+            files.write_json(temporary / STATE_FILE, state.to_json())
+            write_extras(temporary)
+        runtime.barrier(world)
+        mine = files.list_files(temporary)[world.rank :: world.size]
+        return files.describe_files(temporary, mine)
+
+    def publish() -> None:
+        if world.rank == 0:
+            merged = {name: facts for part in parts for name, facts in part.items()}
+            files.publish(root, state.iteration, dict(sorted(merged.items())))
+            files.remove_old(root, keep)
+
+    where = f"saving {files.checkpoint_directory(root, state.iteration)}"
+    together(world, where, prepare)
+    together(world, where, write_tensors)
+    parts = runtime.gather_objects(world, together(world, where, write_rest))
+    together(world, where, publish)
+    return files.checkpoint_directory(root, state.iteration)
+
+
+def rng_file(rank: int) -> str:
+    """Name of a rank's random state inside a checkpoint."""
+    return f"rng_{rank:05d}.safetensors"
+
+
+def load_weights(checkpoint: Path, model: Model) -> None:
+    """Fill the model's weights from a checkpoint of any layout."""
+    loaded = dist_checkpointing.load(model_state(model), str(checkpoint))
+    assign(model, loaded)
+
+
+def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, state: TrainState, world: World) -> None:
+    """Fill weights, optimizer and random state from a checkpoint of any layout.
+
+    Random state is only restored on the number of ranks that wrote it; on another number the seeds decide.
+    """
+    sharded = model_state(model)
+    sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=OPTIMIZER_LAYOUT)
+    loaded = dist_checkpointing.load(sharded, str(checkpoint))
+    assign(model, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    if state.world_size == world.size:
+        runtime.set_rng_state(load_file(checkpoint / rng_file(world.rank)))
+
+
+def assign(model: Model, loaded: dict[str, Any]) -> None:
+    """Load each chunk's state dictionary; every weight must be there."""
+    bare = model.language_models()
+    names = ["model"] if len(bare) == 1 else [f"model{index}" for index in range(len(bare))]
+    for name, module in zip(names, bare, strict=True):
+        module.load_state_dict(loaded[name], strict=True)
+
+
+def check_whole(checkpoint: Path, world: World) -> None:
+    """Verify every byte of a checkpoint on rank 0; ``ValueError`` on all ranks names the file that changed."""
+    problem = files.problem_with(checkpoint, hashes=True) if world.rank == 0 else None
+    problem = runtime.gather_objects(world, problem)[0]
+    if problem is not None:
+        raise ValueError(f"--load: {problem}")
+
+
+def plain_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors (no optimizer state) by their names in the whole model; any layout, one process.
+
+    Decoder layers are stacked: ``decoder.layers.mlp.linear_fc2.weight`` is [layers, hidden, ffn].
+    """
+    wanted = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("optimizer.")}
+    return dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)

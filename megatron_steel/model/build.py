@@ -1,0 +1,130 @@
+"""Building a model, in one written order: configuration, layer spec, chunks, weights, precision, data parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_steel.config.check import padded_vocab_size, virtual_chunks
+from megatron_steel.config.schema import Config
+from megatron_steel.model.backends import build_provider, choose_backend
+from megatron_steel.model.cross_entropy import cross_entropy
+from megatron_steel.model.families import layer_spec, transformer_config
+from megatron_steel.model.initialize import initialize_weights
+from megatron_steel.runtime.world import World
+
+# Parameters per gradient bucket when reduction overlaps the backward pass: megatron-core's own choice.
+BUCKET_PARAMETERS = 40_000_000
+BUCKET_PARAMETERS_PER_RANK = 1_000_000
+
+
+class LanguageModel(GPTModel):
+    """megatron-core's GPT with a loss that ignores vocabulary padding."""
+
+    valid_vocab: int
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [B, S], logits [S, B, V / TP] (overwritten) -> loss per token [B, S], fp32."""
+        losses_SB = cross_entropy(logits, labels.transpose(0, 1), self.valid_vocab, self.pg_collection.tp)
+        return losses_SB.transpose(0, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """The chunks of the model this rank holds, ready to train or to evaluate."""
+
+    chunks: list[MegatronModule]
+    """One module per virtual pipeline stage; wrapped for data parallelism when built for training."""
+    options: TransformerConfig
+    """megatron-core's configuration."""
+    backend: str
+    """Resolved layer backend."""
+    backend_reason: str
+    """Why it was chosen, for the first lines of the log."""
+    vocab_size: int
+    """Rows of the vocabulary without padding."""
+
+    def language_models(self) -> list[LanguageModel]:
+        """The bare models inside the wrappers."""
+        found = []
+        for chunk in self.chunks:
+            module = chunk
+            while not isinstance(module, LanguageModel):
+                module = module.module
+            found.append(module)
+        return found
+
+
+def build_chunk(
+    config: Config, options: TransformerConfig, backend: str, vocab_size: int, world: World, stage: int | None
+) -> LanguageModel:
+    """One model chunk with its initial weights; ``stage`` is its virtual pipeline stage or None."""
+    size, chunks = config.size, virtual_chunks(config) or 1
+    first = world.pipeline_rank == 0 and stage in (None, 0)
+    last = world.pipeline_rank == world.pipeline_size - 1 and stage in (None, chunks - 1)
+    model = LanguageModel(
+        options,
+        layer_spec(build_provider(backend), options, get_num_layers_to_build(options, stage, world.pipeline_rank)),
+        vocab_size=padded_vocab_size(vocab_size, size.make_vocab_size_divisible_by, world.tensor_size),
+        max_sequence_length=size.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=not size.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=size.rotary_base,  # type: ignore[arg-type]
+        rope_scaling=size.use_rope_scaling,
+        rope_scaling_factor=size.rope_scaling_factor,
+        vp_stage=stage,
+    )
+    model.valid_vocab = vocab_size
+    initialize_weights(model, size, vocab_size, config.data.seed, world.tensor_group)
+    return model
+
+
+def wrap_data_parallel(
+    config: Config, options: TransformerConfig, modules: list[MegatronModule], world: World
+) -> list[MegatronModule]:
+    """megatron-core's data parallelism: gradients in one flat fp32 buffer, summed over the replicas."""
+    parallel = config.parallel
+    bucket = max(BUCKET_PARAMETERS, BUCKET_PARAMETERS_PER_RANK * world.data_size)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=bucket if parallel.overlap_grad_reduce else None,
+    )
+    wrapped: list[MegatronModule] = []
+    for index, module in enumerate(modules):
+        # Only the first chunk of a pipeline stage has its gradients reduced during the backward pass of others.
+        wrapped.append(DistributedDataParallel(options, settings, module, disable_bucketing=index > 0))
+    return wrapped
+
+
+def build_model(config: Config, vocab_size: int, world: World, training: bool = True) -> Model:
+    """Build this rank's part of the model on its device.
+
+    ``vocab_size`` is the number of real rows (the tokenizer's, or more). ``training`` wraps for data parallelism.
+    Raises ``ValueError`` when the wished backend cannot run here.
+    """
+    backend, reason = choose_backend(config.parallel.transformer_impl)
+    options = transformer_config(config)
+    chunks = virtual_chunks(config)
+    stages: list[int | None] = list(range(chunks)) if chunks else [None]
+    modules: list[MegatronModule] = [
+        build_chunk(config, options, backend, vocab_size, world, stage).to(world.device) for stage in stages
+    ]
+    if config.training.bf16:
+        modules = [Float16Module(options, module) for module in modules]
+    if training:
+        modules = wrap_data_parallel(config, options, modules, world)
+        options.finalize_model_grads_func = lambda chunks, _tokens=None, **rest: finalize_model_grads(
+            chunks, None, **rest
+        )
+    return Model(chunks=modules, options=options, backend=backend, backend_reason=reason, vocab_size=vocab_size)

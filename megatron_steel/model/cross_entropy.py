@@ -1,0 +1,73 @@
+"""Cross-entropy over a vocabulary that is split over tensor-parallel ranks and padded to equal shares.
+
+Shapes: S sequence, B micro-batch, V vocabulary rows on this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """Loss per token from logits whose last axis is this rank's share of the vocabulary.
+
+    The logits buffer is reused for the softmax and then for its gradient: the output layer, its only producer, does
+    not need it for its own backward pass. That keeps one [S, B, V] tensor alive instead of three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_SBV: Tensor, labels_SB: Tensor, valid: int, group: ProcessGroup | None) -> Tensor:
+        """See :func:`cross_entropy`."""
+        parallel = group is not None and group.size() > 1
+        rows = logits_SBV.shape[-1]
+        first = rows * group.rank() if parallel and group is not None else 0
+        exp_SBV = logits_SBV.float() if logits_SBV.dtype != torch.float32 else logits_SBV.detach()
+        if first + rows > valid:
+            exp_SBV[..., max(valid - first, 0) :] = -torch.inf
+        peak_SB1 = exp_SBV.amax(-1, keepdim=True)
+        if parallel:
+            torch.distributed.all_reduce(peak_SB1, torch.distributed.ReduceOp.MAX, group=group)
+        exp_SBV.sub_(peak_SB1)
+
+        local_SB1 = (labels_SB - first).unsqueeze(-1)
+        here_SB1 = (local_SB1 >= 0) & (local_SB1 < rows)
+        local_SB1 = local_SB1.clamp(0, rows - 1)
+        target_SB1 = exp_SBV.gather(-1, local_SB1)
+        if parallel:
+            target_SB1.masked_fill_(~here_SB1, 0.0)
+        total_SB1 = exp_SBV.exp_().sum(-1, keepdim=True)
+        if parallel:
+            both = torch.cat((target_SB1, total_SB1), -1)
+            torch.distributed.all_reduce(both, group=group)
+            target_SB1, total_SB1 = both.split(1, -1)
+        ctx.save_for_backward(exp_SBV, total_SB1, local_SB1, here_SB1)
+        ctx.logits_dtype = logits_SBV.dtype
+        return (total_SB1.log() - target_SB1).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """softmax(logits) - one_hot(label), times the incoming gradient, written over the softmax buffer."""
+        exp_SBV, total_SB1, local_SB1, here_SB1 = ctx.saved_tensors
+        grad_SB1 = grads[0].unsqueeze(-1)
+        exp_SBV.mul_(grad_SB1 / total_SB1)
+        exp_SBV.scatter_add_(-1, local_SB1, -grad_SB1 * here_SB1)
+        return exp_SBV.to(ctx.logits_dtype), None, None, None
+
+
+def cross_entropy(logits_SBV: Tensor, labels_SB: Tensor, valid_vocab: int, group: ProcessGroup | None) -> Tensor:
+    """-log softmax(logits)[label] for each token, in fp32.
+
+    Args:
+        logits_SBV: this rank's share of the logits; **overwritten**.
+        labels_SB: global token ids.
+        valid_vocab: number of real rows of the whole vocabulary; the padding rows after them get probability 0, so
+            the loss does not depend on how far a layout pads.
+        group: ranks that share the vocabulary, or None.
+
+    Returns: fp32 losses [S, B].
+    """
+    return VocabParallelCrossEntropy.apply(logits_SBV, labels_SB, valid_vocab, group)

@@ -1,0 +1,32 @@
+"""Pretraining on indexed text: parse, check, build, run, close.
+
+Started with ``torchrun --nproc-per-node N -m megatron_steel.pretrain ...`` or, for one process, ``python -m``.
+Exit codes: 0 finished or stopped cleanly after saving, 2 user error, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_steel.config.load import parse, user_errors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one pretraining job; returns the exit code."""
+    with user_errors():
+        config = parse(sys.argv[1:] if argv is None else argv, "megatron_steel.pretrain")
+        # Heavy imports come after the command line is known to be good, so --help and errors answer at once.
+        from megatron_steel.runtime import cpu
+
+        cpu.install()
+        from megatron_steel.train.prepare import prepare
+
+        prepared = prepare(config)
+    from megatron_steel.train.run import run
+
+    return run(prepared)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

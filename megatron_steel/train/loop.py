@@ -1,0 +1,172 @@
+"""The loop: batch, step, record, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from megatron_steel.checkpoint import store
+from megatron_steel.checkpoint.state import TrainState
+from megatron_steel.config.schema import Config
+from megatron_steel.data.loader import TrainLoader, ValidLoader, valid_tokens
+from megatron_steel.evaluate.heldout import evaluate
+from megatron_steel.metrics.record import MetricRecorder
+from megatron_steel.metrics.sinks import Sink
+from megatron_steel.metrics.throughput import Throughput
+from megatron_steel.model.build import Model
+from megatron_steel.optim.schedule import learning_rate
+from megatron_steel.runtime import device
+from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.signals import StopSignal
+from megatron_steel.runtime.world import World
+from megatron_steel.train.step import train_step
+
+
+@dataclass(kw_only=True)
+class Session:
+    """All parts of a running job."""
+
+    config: Config
+    world: World
+    model: Model
+    optimizer: ChainedOptimizer
+    loader: TrainLoader
+    valid_loaders: dict[str, ValidLoader]
+    byte_lengths: np.ndarray
+    state: TrainState
+    recorder: MetricRecorder
+    throughput: Throughput
+    sinks: list[Sink]
+    signals: StopSignal
+    write_extras: Callable[[Path], None]
+    started: float
+    """``time.monotonic`` at the start of the job."""
+    last_saved: int = -1
+    """Iteration of the newest checkpoint this job wrote or loaded."""
+
+
+def take_step(session: Session) -> None:
+    """One optimizer step and its bookkeeping."""
+    state, config = session.state, session.config
+    batches = session.loader.step(state.consumed_samples)
+    step_tokens = runtime.sum_int(session.world, valid_tokens(batches))
+    lr = learning_rate(state.iteration, config.optimizer, config.training.train_iters)
+    result = train_step(
+        session.model,
+        session.optimizer,
+        batches,
+        step_tokens,
+        session.world,
+        lr,
+        config.optimizer.weight_decay,
+        config.optimizer.clip_grad,
+    )
+    assert config.training.global_batch_size is not None
+    state.iteration += 1
+    state.consumed_samples += config.training.global_batch_size
+    state.consumed_tokens += step_tokens
+    state.skipped_iterations += not result.updated
+    session.throughput.step(config.training.global_batch_size * config.training.seq_length)
+    record = session.recorder.record
+    record("loss", result.loss, "mean")
+    record("grad_norm", result.grad_norm, "last")
+    record("lr", lr, "last")
+    record("nan_iterations", int(not result.updated), "sum")
+
+
+def report(session: Session) -> None:
+    """Write one row of training metrics to every sink."""
+    state = session.state
+    row = {
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+        "consumed_tokens": state.consumed_tokens,
+        **session.recorder.flush(state.iteration),
+        **session.throughput.report(session.config.training.train_iters - state.iteration),
+        "skipped_iterations": state.skipped_iterations,
+        "peak_memory_bytes": device.peak_memory_bytes(),
+    }
+    for sink in session.sinks:
+        sink.write(row)
+
+
+def evaluate_all(session: Session) -> None:
+    """Score every validation set and write one row for each."""
+    for name, loader in session.valid_loaders.items():
+        scores = evaluate(
+            session.model, loader, session.byte_lengths, session.config.training.seq_length, session.world
+        )
+        row = {
+            "iteration": session.state.iteration,
+            "split": "valid",
+            "name": name,
+            "loss": scores.loss,
+            "perplexity": scores.perplexity,
+            "bits_per_byte": scores.bits_per_byte,
+            "tokens": scores.tokens,
+        }
+        for sink in session.sinks:
+            sink.write(row)
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint of the current iteration unless it is there already."""
+    options, state = session.config.checkpoint, session.state
+    if options.save is None or session.last_saved == state.iteration:
+        return
+    state.world_size = session.world.size
+    with session.throughput.paused():
+        store.save(
+            Path(options.save),
+            session.model,
+            session.optimizer,
+            state,
+            session.world,
+            session.write_extras,
+            options.save_total_limit,
+        )
+    session.last_saved = state.iteration
+
+
+def reason_to_stop(session: Session) -> str | None:
+    """Why the loop should end after this step, agreed on by all ranks; None to go on."""
+    training = session.config.training
+    minutes = (time.monotonic() - session.started) / 60
+    late = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
+    if runtime.agree(session.world, session.signals.received is not None or late):
+        return "time is up" if late else "signal received"
+    if training.exit_interval and session.state.iteration % training.exit_interval == 0:
+        return "exit interval reached"
+    return None
+
+
+def due(iteration: int, interval: int | None) -> bool:
+    """Whether something with this interval happens after ``iteration``."""
+    return interval is not None and iteration % interval == 0
+
+
+def train(session: Session) -> str:
+    """Repeat until the last iteration or a reason to stop; saves before it returns the reason."""
+    config, state = session.config, session.state
+    session.throughput.start()
+    while state.iteration < config.training.train_iters:
+        take_step(session)
+        if due(state.iteration, config.logging.log_interval) or state.iteration == config.training.train_iters:
+            report(session)
+        reason = reason_to_stop(session)
+        if reason is None and due(state.iteration, config.logging.eval_interval):
+            with session.throughput.paused():
+                evaluate_all(session)
+        if reason is not None or due(state.iteration, config.checkpoint.save_interval):
+            save(session)
+        if reason is not None:
+            return reason
+    if not due(state.iteration, config.logging.eval_interval):
+        evaluate_all(session)
+    save(session)
+    return "all iterations done"

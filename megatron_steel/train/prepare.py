@@ -1,0 +1,200 @@
+"""Everything that can be wrong with a user's input, found before a process group or a model exists."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_steel.checkpoint.files import find_checkpoint, published
+from megatron_steel.checkpoint.hf import tokenizer_facts
+from megatron_steel.checkpoint.state import TrainState, read_state
+from megatron_steel.config.check import check
+from megatron_steel.config.load import to_flat
+from megatron_steel.config.schema import Config
+from megatron_steel.data.order import Ledger, SourceSpec
+from megatron_steel.data.sources import DataSources, TokenizerFacts, open_sources
+from megatron_steel.data.windows import WindowedDataset
+from megatron_steel.model.backends import choose_backend
+from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
+from megatron_steel.text.tokenizer import Tokenizer, build_tokenizer
+
+# Options that decide the numbers of a model: a checkpoint of other values cannot be loaded into it.
+MODEL_IDENTITY = (
+    "model_family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "rotary_base",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "norm_epsilon",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+)
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """Checked input of a training run."""
+
+    config: Config
+    tokenizer: Tokenizer
+    ledger: Ledger
+    datasets: dict[str, WindowedDataset]
+    """Training windows by fingerprint."""
+    valid_sets: dict[str, WindowedDataset]
+    """Validation windows by name."""
+    state: TrainState
+    """Where the run starts."""
+    checkpoint: Path | None = None
+    """What is loaded, or None for random weights."""
+    weights_only: bool = False
+    """Load the weights of ``checkpoint`` and nothing else."""
+    warnings: list[str] = field(default_factory=list)
+    """Lines for the log."""
+
+
+def find_start(config: Config, warnings: list[str]) -> tuple[Path | None, bool]:
+    """(checkpoint to load or None, whether only its weights count)."""
+    options = config.checkpoint
+    own = Path(options.save) if options.save else None
+    if options.auto_resume and own is not None and own.is_dir() and published(own):
+        checkpoint, notes = find_checkpoint(own, None, fall_back=True)
+        warnings += notes
+        return checkpoint, False
+    if options.load is None:
+        return None, False
+    checkpoint, notes = find_checkpoint(Path(options.load), options.ckpt_step)
+    warnings += notes
+    return checkpoint, options.finetune
+
+
+def resolved(name: str, values: dict[str, Any]) -> Any:
+    """A model option with its default filled in, so that an unset and a spelled-out value compare equal."""
+    if name == "num_query_groups":
+        return values[name] or values["num_attention_heads"]
+    if name == "kv_channels":
+        return values[name] or values["hidden_size"] // values["num_attention_heads"]
+    if name == "rope_scaling_factor" and not values["use_rope_scaling"]:
+        return None
+    return values[name]
+
+
+def check_same_model(saved: dict[str, Any], now: dict[str, Any], origin: Path) -> None:
+    """``ValueError`` names the first size that differs from the checkpoint's."""
+    for name in MODEL_IDENTITY:
+        before, after = resolved(name, saved), resolved(name, now)
+        if before != after:
+            flag = name.replace("_", "-")
+            raise ValueError(f"{origin} was saved with --{flag} {before}, this run has {after}; use the same sizes")
+
+
+def resolve_vocabulary(config: Config, tokenizer: Tokenizer, state: TrainState | None) -> None:
+    """Fill ``vocab_size``: the checkpoint's rows, or the tokenizer's ids; never fewer than the tokenizer has."""
+    size = config.size
+    if state is not None and state.vocab_size:
+        if size.vocab_size not in (None, state.vocab_size):
+            raise ValueError(f"--vocab-size {size.vocab_size}: the checkpoint has {state.vocab_size} rows")
+        size.vocab_size = state.vocab_size
+    size.vocab_size = size.vocab_size or tokenizer.vocab_size
+    if size.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {size.vocab_size} rows (--vocab-size)"
+        )
+
+
+def check_resume(config: Config, state: TrainState, tokenizer: Tokenizer, origin: Path) -> None:
+    """What must be unchanged to go on with a run: tokenizer, schedule, kind of optimizer state."""
+    if not state.has_optimizer:
+        raise ValueError(f"{origin} holds weights only and cannot be resumed; pass --finetune to start from them")
+    fingerprint = tokenizer.fingerprint()
+    if state.tokenizer and state.tokenizer["fingerprint"] != fingerprint:
+        raise ValueError(f"{origin} was trained with another tokenizer than {config.tokenizer.tokenizer_model}")
+    saved = state.config.get("use_distributed_optimizer")
+    if saved != config.parallel.use_distributed_optimizer:
+        flag = "--use-distributed-optimizer" if saved else "--no-use-distributed-optimizer"
+        raise ValueError(f"{origin} was saved with {flag}; resume with it (on any number of ranks)")
+    if not config.optimizer.override_opt_param_scheduler:
+        check_same_schedule(state.schedule, schedule_identity(config.optimizer, config.training.train_iters))
+
+
+def open_data(config: Config, tokenizer: Tokenizer, seed: int) -> DataSources:
+    """Open training and validation data; ``seed`` orders the documents of a source."""
+    options = config.data
+    return open_sources(
+        data_path=options.data_path,
+        split=options.split,
+        train_data_path=options.train_data_path,
+        valid_data_path=options.valid_data_path,
+        seq_length=config.training.seq_length,
+        seed=seed,
+        tokenizer=TokenizerFacts(tokenizer.fingerprint(), tokenizer.vocab_size),
+    )
+
+
+def order_data(config: Config, specs: list[SourceSpec], state: TrainState, warnings: list[str]) -> Ledger:
+    """The ledger of the run: a new one, the checkpoint's, or the checkpoint's with a segment for appended data."""
+    training = config.training
+    if not state.ledger:
+        ledger = Ledger.create(specs, config.data.seed, training.seq_length)
+    else:
+        ledger = Ledger.from_json(state.ledger)
+        try:
+            ledger.check(specs, training.seq_length)
+        except ValueError:
+            if not config.data.append_data or ledger.seq_length != training.seq_length:
+                raise
+            ledger = ledger.append(state.consumed_samples, specs, config.data.seed)
+            warnings.append(f"data appended: a new segment of the order starts at sample {state.consumed_samples}")
+    assert training.global_batch_size is not None
+    left = max(training.train_iters - state.iteration, 0) * training.global_batch_size
+    ledger.check_max_epochs(state.consumed_samples + left, config.data.max_epochs_per_source)
+    return ledger
+
+
+def prepare(config: Config) -> Prepared:
+    """Check and open everything a run needs.
+
+    Raises ``ValueError`` with one line for whatever the user has to change; nothing has been written then.
+    """
+    warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    choose_backend(config.parallel.transformer_impl)
+    checkpoint, weights_only = find_start(config, warnings)
+    loaded = read_state(checkpoint) if checkpoint is not None else None
+    options = config.tokenizer
+    tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, config.size.vocab_size)
+    if loaded is not None and checkpoint is not None:
+        check_same_model(loaded.config, to_flat(config), checkpoint)
+    resolve_vocabulary(config, tokenizer, loaded)
+    resuming = loaded is not None and not weights_only
+    if resuming and loaded is not None and checkpoint is not None:
+        check_resume(config, loaded, tokenizer, checkpoint)
+    state = loaded if resuming and loaded is not None else TrainState()
+    seed = Ledger.from_json(state.ledger).seed if state.ledger else config.data.seed
+    sources = open_data(config, tokenizer, seed)
+    warnings += sources.notes
+    ledger = order_data(config, sources.train, state, warnings)
+    state.ledger = ledger.to_json()
+    state.schedule = schedule_identity(config.optimizer, config.training.train_iters)
+    state.config = to_flat(config)
+    state.tokenizer = tokenizer_facts(tokenizer)
+    assert config.size.vocab_size is not None
+    state.vocab_size = config.size.vocab_size
+    state.has_optimizer = True
+    return Prepared(
+        config=config,
+        tokenizer=tokenizer,
+        ledger=ledger,
+        datasets=sources.datasets,
+        valid_sets=sources.valid,
+        state=state,
+        checkpoint=checkpoint,
+        weights_only=weights_only,
+        warnings=warnings,
+    )
