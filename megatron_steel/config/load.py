@@ -73,8 +73,10 @@ def coerce(group: Any, name: str, value: Any, origin: str) -> Any:
     kind = str({item.name: item.type for item in dataclasses.fields(group)}[name])
     if value is None and "None" in kind:
         return None
-    if kind == "bool" and not isinstance(value, bool):
-        raise ValueError(f"{origin}: {name} must be true or false, not {value!r}")
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise ValueError(f"{origin}: {name} must be true or false, not {value!r}")
+        return value
     if kind.startswith("list"):
         return [str(item) for item in value] if isinstance(value, list) else str(value).split()
     if kind.startswith(("int", "float")):
