@@ -1,0 +1,293 @@
+"""Megatron-LM's indexed datasets: ``PREFIX.bin`` (token ids back to back) and ``PREFIX.idx`` (where each begins).
+
+Layout of the index, little-endian (``megatron/core/datasets/indexed_dataset.py``, ``_IndexWriter``): magic
+``MMIDIDX\\0\\0``, version uint64 = 1, dtype code uint8, sequence count uint64, document-index count uint64, sequence
+lengths int32, byte offsets int64, document indices int64 (first sequence of each document, then the sequence count).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+# Token ids are stored as one of these; the other codes of the format (floats, signed bytes) are not token data.
+TOKEN_DTYPES = {4: np.dtype(np.int32), 5: np.dtype(np.int64), 8: np.dtype(np.uint16)}
+# Megatron-LM's limit (DType.optimal_dtype), a little under 2**16.
+UINT16_VOCABULARY = 65500
+FINGERPRINT_WINDOW = 1 << 16
+CHECK_CHUNK = 1 << 20
+
+
+def optimal_dtype(vocab_size: int) -> np.dtype:
+    """Storage of ids below ``vocab_size``: uint16 where Megatron-LM uses it, else int32."""
+    return np.dtype(np.uint16) if vocab_size < UINT16_VOCABULARY else np.dtype(np.int32)
+
+
+class IndexedReader:
+    """A memory-mapped dataset whose two files have been checked against each other.
+
+    ``sequence_lengths`` int32 (sequences,), ``document_indices`` int64 (documents + 1,). Raises ``ValueError`` naming
+    the file for anything missing, foreign, inconsistent or cut short.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = str(prefix)
+        self.bin_path, self.idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file; {self.prefix} must be the prefix of a .bin and an .idx file")
+        self._read_index()
+        self._check_documents()
+        self._check_pointers()
+        self.num_tokens = self._check_data_size()
+        self.num_documents = len(self.document_indices) - 1
+        self._tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype)
+
+    def _read_index(self) -> None:
+        """Map the index and take its arrays, after the header and the file's size agree."""
+        path, size = self.idx_path, self.idx_path.stat().st_size
+        with open(path, "rb") as stream:
+            head = stream.read(HEADER.size)
+        if head[: len(MAGIC)] != MAGIC[: len(head)] or not head:
+            raise ValueError(f"{path}: not an indexed dataset (it does not begin with {MAGIC[:7].decode()})")
+        if len(head) < HEADER.size:
+            raise ValueError(f"{path}: truncated inside its {HEADER.size}-byte header ({size} bytes)")
+        _, version, code, sequences, boundaries = HEADER.unpack(head)
+        if version != VERSION:
+            raise ValueError(f"{path}: version {version} of the format; only version {VERSION} exists")
+        if code not in TOKEN_DTYPES:
+            raise ValueError(f"{path}: dtype code {code} is not one of token ids ({sorted(TOKEN_DTYPES)})")
+        expected = HEADER.size + 12 * sequences + 8 * boundaries
+        if size != expected:
+            raise ValueError(
+                f"{path}: {size} bytes, but {sequences} sequences and {boundaries} document boundaries need "
+                f"{expected}; the file is truncated or damaged"
+            )
+        if sequences == 0:
+            raise ValueError(f"{path}: holds no sequences")
+        self.dtype = TOKEN_DTYPES[code]
+        raw = np.memmap(path, mode="r", dtype=np.uint8)
+        pointers, documents = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
+        self.sequence_lengths = np.frombuffer(raw, np.int32, sequences, HEADER.size)
+        self.sequence_pointers = np.frombuffer(raw, np.int64, sequences, pointers)
+        self.document_indices = np.frombuffer(raw, np.int64, boundaries, documents)
+
+    def _check_documents(self) -> None:
+        """Document boundaries rise from 0 to the number of sequences; equal neighbours are empty documents."""
+        bounds, sequences = self.document_indices, len(self.sequence_lengths)
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != sequences or np.any(bounds[1:] < bounds[:-1]):
+            raise ValueError(f"{self.idx_path}: document boundaries do not rise from 0 to {sequences}; it is damaged")
+
+    def _check_pointers(self) -> None:
+        """Each sequence begins where the one before it ends; checked in chunks to keep memory flat."""
+        lengths, pointers = self.sequence_lengths, self.sequence_pointers
+        end = 0
+        for start in range(0, len(lengths), CHECK_CHUNK):
+            chunk = lengths[start : start + CHECK_CHUNK].astype(np.int64)
+            ends = end + np.cumsum(chunk * self.dtype.itemsize)
+            begins = np.concatenate(([end], ends[:-1]))
+            wrong = np.flatnonzero((chunk < 0) | (begins != pointers[start : start + CHECK_CHUNK]))
+            if len(wrong):
+                raise ValueError(f"{self.idx_path}: sequence {start + wrong[0]} has a wrong length or offset; damaged")
+            end = int(ends[-1])
+        self._data_bytes = end
+
+    def _check_data_size(self) -> int:
+        size = self.bin_path.stat().st_size
+        if size != self._data_bytes:
+            state = "truncated" if size < self._data_bytes else "longer than its index, or of another dataset"
+            raise ValueError(f"{self.bin_path}: {size} bytes, {self.idx_path} describes {self._data_bytes}: {state}")
+        if size == 0:
+            raise ValueError(f"{self.bin_path}: holds no tokens")
+        return size // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.sequence_lengths)
+
+    def sequence(self, i: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens ``offset`` to ``offset + length`` (to the end when None) of sequence ``i``; a view of the file."""
+        available = int(self.sequence_lengths[i])
+        length = available - offset if length is None else length
+        assert 0 <= offset <= offset + length <= available, f"tokens {offset}+{length} of a sequence of {available}"
+        first = int(self.sequence_pointers[i]) // self.dtype.itemsize + offset
+        return self._tokens[first : first + length]
+
+    def document(self, i: int) -> np.ndarray:
+        """All tokens of document ``i``, whose sequences lie next to each other."""
+        first, last = int(self.document_indices[i]), int(self.document_indices[i + 1])
+        if first == last:
+            return self._tokens[:0]
+        start = int(self.sequence_pointers[first]) // self.dtype.itemsize
+        return self._tokens[start : start + int(self.sequence_lengths[first:last].sum(dtype=np.int64))]
+
+    def fingerprint(self) -> str:
+        """Content fingerprint for telling datasets apart: independent of name and place, quick for any size.
+
+        sha256 over both sizes and the first and last 64 KiB of each file.
+        """
+        total = hashlib.sha256()
+        for path in (self.idx_path, self.bin_path):
+            size = path.stat().st_size
+            total.update(size.to_bytes(8, "little"))
+            with open(path, "rb") as stream:
+                total.update(stream.read(FINGERPRINT_WINDOW))
+                stream.seek(max(0, size - FINGERPRINT_WINDOW))
+                total.update(stream.read())
+        return total.hexdigest()
+
+
+class IndexedWriter:
+    """Streams documents into ``PREFIX.bin`` and, on :meth:`commit`, writes ``PREFIX.idx``.
+
+    Both files grow under temporary names (``.bin.tmp``, ``.idx.tmp``) and get their own only in :meth:`commit`, the
+    index last: a dataset with an index is complete. Use as a context manager: leaving without commit aborts.
+    """
+
+    def __init__(self, prefix: str, dtype: np.dtype) -> None:
+        assert np.dtype(dtype) in TOKEN_DTYPES.values(), f"{dtype} is not a token dtype"
+        self.prefix, self.dtype = str(prefix), np.dtype(dtype)
+        self._bin_path, self._idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+        self._bin_temporary, self._idx_temporary = Path(f"{self.prefix}.bin.tmp"), Path(f"{self.prefix}.idx.tmp")
+        self._bin_path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream: BinaryIO = open(self._bin_temporary, "wb")  # closed by commit or abort
+        self._lengths, self._documents = array("i"), array("q", [0])
+        self._hash = hashlib.sha256()
+        self.num_tokens = 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far, empty ones included."""
+        return len(self._documents) - 1
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def add_document(self, ids: np.ndarray | Sequence[int], lengths: Sequence[int] | None = None) -> None:
+        """Append one document of one sequence, or of sequences of the given lengths. No ids is an empty document."""
+        tokens = np.asarray(ids)
+        if lengths is None:
+            lengths = [len(tokens)] if len(tokens) else []
+        if sum(lengths) != len(tokens):
+            raise ValueError(f"{self.prefix}: sequence lengths sum to {sum(lengths)}, the document has {len(tokens)}")
+        limits = np.iinfo(self.dtype)
+        if len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
+            raise ValueError(f"{self.prefix}: ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
+        self.add_documents(tokens.astype(self.dtype), lengths, [len(lengths)])
+
+    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int], sequences: Sequence[int]) -> None:
+        """Append several documents at once: their ids in the writer's dtype, all lengths, sequences per document."""
+        assert tokens.dtype == self.dtype
+        data = tokens.tobytes()
+        self._stream.write(data)
+        self._hash.update(data)
+        self._lengths.extend(lengths)
+        for count in sequences:
+            self._documents.append(self._documents[-1] + count)
+        self.num_tokens += len(tokens)
+
+    def merge(self, other_prefix: str) -> None:
+        """Append every document of another dataset of the same dtype."""
+        other = IndexedReader(other_prefix)
+        if other.dtype != self.dtype:
+            raise ValueError(f"{other_prefix}: its ids are {other.dtype}, those of {self.prefix} are {self.dtype}")
+        offset = len(self._lengths)
+        self._lengths.extend(other.sequence_lengths.tolist())
+        self._documents.extend((other.document_indices[1:] + offset).tolist())
+        with open(other.bin_path, "rb") as stream:
+            while block := stream.read(1 << 24):
+                self._stream.write(block)
+                self._hash.update(block)
+        self.num_tokens += other.num_tokens
+
+    def bin_sha256(self) -> str:
+        """sha256 hex of the tokens written so far."""
+        return self._hash.hexdigest()
+
+    def commit(self, sidecar: dict[str, Any] | None = None) -> None:
+        """Finish the dataset; also writes ``PREFIX.json`` when a sidecar is given. ``ValueError`` without tokens."""
+        if self.num_tokens == 0:
+            self.abort()
+            raise ValueError(f"{self.prefix}: nothing to write, there are no tokens")
+        close_synced(self._stream)
+        with open(self._idx_temporary, "wb") as stream:
+            self._write_index(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # An index of an earlier run must not describe the new data, not even for a moment.
+        self._idx_path.unlink(missing_ok=True)
+        os.replace(self._bin_temporary, self._bin_path)
+        if sidecar is not None:
+            write_sidecar(self.prefix, sidecar)
+        os.replace(self._idx_temporary, self._idx_path)
+        sync_directory(self._idx_path.parent)
+
+    def _write_index(self, stream: BinaryIO) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        code = next(code for code, dtype in TOKEN_DTYPES.items() if dtype == self.dtype)
+        stream.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(self._documents)))
+        stream.write(lengths.tobytes())
+        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+        stream.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).tobytes())
+        stream.write(np.frombuffer(self._documents, dtype=np.int64).tobytes())
+
+    def abort(self) -> None:
+        """Remove what is unfinished; does nothing after commit."""
+        self._stream.close()
+        for path in (self._bin_temporary, self._idx_temporary):
+            path.unlink(missing_ok=True)
+
+
+def close_synced(stream: BinaryIO) -> None:
+    """Flush a file to the disk and close it."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_sidecar(prefix: str) -> dict[str, Any] | None:
+    """``PREFIX.json`` as written by preprocessing, or None when there is none (a dataset from Megatron-LM)."""
+    path = Path(f"{prefix}.json")
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must be a JSON object")
+    return value
+
+
+def write_sidecar(prefix: str, value: dict[str, Any]) -> None:
+    """Write ``PREFIX.json`` under a temporary name, fsync it and rename it."""
+    path, temporary = Path(f"{prefix}.json"), Path(f"{prefix}.json.tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)

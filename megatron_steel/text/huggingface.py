@@ -1,0 +1,185 @@
+"""Hugging Face tokenizer folders, with the ids of ``transformers.AutoTokenizer``.
+
+``transformers`` (version 5) rebuilds the tokenizers of some classes instead of taking ``tokenizer.json`` as it is:
+for Llama 2's and Yi's folders the ids differ. So ``tokenizer.json`` is read directly, which is fast and needs no
+transformers, only where that is certain to be the same; every other folder goes through AutoTokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_steel.text.tokenizer import Tokenizer, copy_file, digest
+
+# Classes and configuration keys for which AutoTokenizer takes tokenizer.json unchanged.
+GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+NEUTRAL_KEYS = frozenset(
+    "tokenizer_class backend is_local local_files_only model_max_length padding_side truncation_side bos_token "
+    "eos_token pad_token unk_token chat_template clean_up_tokenization_spaces added_tokens_decoder".split()
+)
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+SAVED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+)
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A folder that AutoTokenizer can load: ``tokenizer.json`` and ``tokenizer_config.json``.
+
+    Control tokens typed in text become their ids, as in the library and in Megatron-LM.
+    """
+
+    name = "HuggingFaceTokenizer"
+
+    def __init__(self, path: Path, include_special_tokens: bool = True) -> None:
+        self._folder = path.parent if path.name == "tokenizer.json" else path
+        self._include_special_tokens = include_special_tokens
+        config = read_config(self._folder)
+        direct = load_direct(self._folder, config)
+        self._backend, named = direct if direct else load_auto(self._folder)
+        # Lengths stored in tokenizer.json are for fixed-size model inputs; documents are encoded whole.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        ids = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        self.bos_id, self.eos_id, self.pad_id = (
+            ids.get(named[key]) if named.get(key) else None for key in ("bos_token", "eos_token", "pad_token")
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=self._include_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([int(index) for index in ids], skip_special_tokens=False)
+
+    def byte_lengths(self) -> np.ndarray:
+        state = json.loads(self._backend.to_str())
+        byte_level = "ByteLevel" in step_types(state.get("pre_tokenizer")) | step_types(state.get("decoder"))
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        for piece, index in self._backend.get_vocab(with_added_tokens=False).items():
+            if byte_level:
+                lengths[index] = len(piece)  # byte-level alphabets write one character per byte
+            elif BYTE_PIECE.fullmatch(piece):
+                lengths[index] = 1
+            else:
+                lengths[index] = len(piece.replace("\u2581", " ").encode())
+        for token in state["added_tokens"]:
+            lengths[token["id"]] = 0 if token["special"] else len(token["content"].encode())
+        return lengths
+
+    def fingerprint(self) -> str:
+        state = json.loads(self._backend.to_str())
+        parts = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+        decisive = {part: without_defaults(state.get(part)) for part in parts}
+        decisive["special"] = [self.bos_id, self.eos_id, self._include_special_tokens]
+        return digest(self.name.encode(), json.dumps(decisive, sort_keys=True).encode())
+
+    def save_files(self, directory: Path) -> None:
+        """Copy the folder's own tokenizer files: rewriting them could change what AutoTokenizer makes of them."""
+        for name in SAVED_FILES:
+            if (self._folder / name).is_file():
+                copy_file(self._folder / name, directory / name)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``tokenizer_config.json`` of a folder; ``ValueError`` when neither it nor ``tokenizer.json`` is there."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() and not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"HuggingFaceTokenizer: {folder}: holds no tokenizer.json and no tokenizer_config.json")
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must be a JSON object")
+    return config
+
+
+def load_direct(folder: Path, config: dict[str, Any]) -> tuple[Any, dict[str, str]] | None:
+    """The tokenizer of ``tokenizer.json`` itself and its named tokens, or None where AutoTokenizer may differ.
+
+    ``config.json`` and ``special_tokens_map.json`` also steer AutoTokenizer, so their presence rules it out.
+    """
+    steering = ("config.json", "special_tokens_map.json", "added_tokens.json")
+    generic = config.get("tokenizer_class") in GENERIC_CLASSES and set(config) <= NEUTRAL_KEYS
+    path = folder / "tokenizer.json"
+    if not generic or not path.is_file() or any((folder / name).exists() for name in steering):
+        return None
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizers file: {error}") from error
+    named = {key: token_text(config[key]) for key in NAMED_TOKENS if config.get(key)}
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    expected = [token_text(value) for value in config.get("added_tokens_decoder", {}).values()] + list(named.values())
+    if any(text not in added or not added[text].special for text in expected):
+        return None
+    return backend, named
+
+
+def load_auto(folder: Path) -> tuple[Any, dict[str, str]]:
+    """The tokenizer AutoTokenizer makes of a folder, reduced to its Rust backend and named tokens."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever goes wrong inside, the folder is what the user has to look at
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"HuggingFaceTokenizer: {folder}: transformers cannot load it: {reason}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"HuggingFaceTokenizer: {folder}: has no fast tokenizer; save one with tokenizer.json")
+    named = {key: str(getattr(tokenizer, key)) for key in NAMED_TOKENS if getattr(tokenizer, key, None)}
+    return backend, named
+
+
+def token_text(value: str | dict[str, Any]) -> str:
+    """The text of a token that a configuration gives as a string or as an AddedToken object."""
+    return value["content"] if isinstance(value, dict) else value
+
+
+def step_types(step: dict[str, Any] | None) -> set[str]:
+    """Types of a pre-tokenizer or decoder and of everything nested in it."""
+    if not step:
+        return set()
+    nested = [*step.get("pretokenizers", []), *step.get("decoders", [])]
+    return {step["type"]}.union(*(step_types(item) for item in nested))
+
+
+def without_defaults(value: Any) -> Any:
+    """Drop keys that are None or false, so that a new library version's unused settings do not change a fingerprint."""
+    if isinstance(value, dict):
+        return {key: without_defaults(item) for key, item in value.items() if item is not None and item is not False}
+    if isinstance(value, list):
+        return [without_defaults(item) for item in value]
+    return value
