@@ -1,0 +1,354 @@
+"""From sample numbers to this rank's micro-batches on its device.
+
+Which samples a rank takes is arithmetic (`BatchLayout`); what is in them is read by one background thread, one step
+ahead, on the first tensor-parallel rank of a pipeline stage that needs tokens. The main thread shares them with the
+other tensor-parallel ranks in one broadcast per step and cuts them into batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_steel.data.order import Ledger
+from megatron_steel.data.windows import WindowedDataset
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """One micro-batch. Shapes: B samples of the micro-batch, S tokens of a sample.
+
+    A rank that needs no tokens (the middle of a pipeline) has zeros that take no memory in place of the tensors;
+    the two last fields are right on every rank.
+    """
+
+    tokens_BS: torch.Tensor
+    """Inputs, int64."""
+    labels_BS: torch.Tensor
+    """The token after each input, int64."""
+    loss_mask_BS: torch.Tensor
+    """1 where the label is trained, else 0, float32."""
+    position_ids_BS: torch.Tensor
+    """Position of each input, int64; from 0 again after an end of document with reset_position_ids."""
+    sources_B: np.ndarray
+    """Source of each sample, int64: index into Ledger.sources, or -1 in validation."""
+    valid_tokens: int
+    """Trained labels in this micro-batch (the sum of loss_mask_BS), known without a device."""
+
+
+def valid_tokens(batches: Sequence[Batch]) -> int:
+    """Return the number of trained labels in this rank's micro-batches of a step."""
+    return sum(batch.valid_tokens for batch in batches)
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class BatchLayout:
+    """How the samples of a global batch are dealt: to micro-batch after micro-batch, within it rank after rank."""
+
+    micro_batch_size: int
+    num_microbatches: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def __post_init__(self) -> None:
+        assert self.micro_batch_size > 0 and self.num_microbatches > 0
+        assert 0 <= self.data_parallel_rank < self.data_parallel_size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of a step over all ranks."""
+        return self.micro_batch_size * self.num_microbatches * self.data_parallel_size
+
+    def offsets(self) -> np.ndarray:
+        """Return this rank's places in the global batch, int64 (micro-batches, B)."""
+        dealt = np.arange(self.global_batch_size).reshape(self.num_microbatches, self.data_parallel_size, -1)
+        return dealt[:, self.data_parallel_rank]
+
+
+class BatchBuilder:
+    """Share the tokens of a step over the tensor-parallel group and turn them into batches on the device.
+
+    tensor_group: ranks that get the same tokens; its first rank reads. None: every rank reads for itself.
+    reads_data: False on pipeline stages that need no tokens. They still read under eod_mask_loss, because the number
+    of valid tokens then depends on the data, and every rank must know it.
+    eod_mask_loss: no loss where the *input* is the end-of-document token (Megatron-LM's meaning). Nothing else is ever
+    masked by its id: padding and end of document may be the same token.
+    """
+
+    def __init__(
+        self,
+        *,
+        seq_length: int,
+        tensor_group: dist.ProcessGroup | None,
+        reads_data: bool,
+        device: torch.device,
+        eod_id: int | None,
+        eod_mask_loss: bool,
+        reset_position_ids: bool,
+    ) -> None:
+        if eod_id is None and (eod_mask_loss or reset_position_ids):
+            raise ValueError("--eod-mask-loss and --reset-position-ids need a tokenizer with an end-of-document token")
+        self.seq_length = seq_length
+        self.group = tensor_group if tensor_group is not None and dist.get_world_size(tensor_group) > 1 else None
+        self.is_reader = self.group is None or dist.get_rank(self.group) == 0
+        self.reads_data = reads_data
+        self.device = device
+        self.eod_id = -1 if eod_id is None else eod_id  # no token has id -1
+        self.eod_mask_loss = eod_mask_loss
+        self.reset_position_ids = reset_position_ids
+
+    def read(self, fetch: Callable[[int, int], np.ndarray | None], shape: tuple[int, int]) -> torch.Tensor | None:
+        """Read fetch(micro-batch, row) for all micro-batches and rows of `shape` if this is the rank that reads.
+
+        `fetch` gives int64 (S + 1,), or None for padding. Returns int64 (micro-batches, B, S + 1) in host memory,
+        or None. Called on the background thread.
+        """
+        if not (self.is_reader and (self.reads_data or self.eod_mask_loss)):
+            return None
+        pinned = self.device.type != "cpu"
+        tokens = torch.zeros((*shape, self.seq_length + 1), dtype=torch.int64, pin_memory=pinned)
+        rows = tokens.numpy()
+        for microbatch, row in np.ndindex(*shape):
+            fetched = fetch(microbatch, row)
+            if fetched is not None:
+                rows[microbatch, row] = fetched
+        return tokens
+
+    def build(self, host: torch.Tensor | None, sources: np.ndarray, present: np.ndarray) -> list[Batch]:
+        """Return the micro-batches of a step.
+
+        host: what `read` returned on this rank. sources: int64 (micro-batches, B). present: bool (micro-batches, B),
+        False for padding. Called on the main thread of all ranks of the group, in the same order.
+        """
+        counts = present.sum(axis=1) * self.seq_length
+        if not (self.reads_data or self.eod_mask_loss):
+            return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
+        data = self._share(host, present.shape)
+        tokens, labels = data[..., :-1].contiguous(), data[..., 1:].contiguous()
+        mask = torch.from_numpy(present).to(self.device).float()[..., None].expand(tokens.shape).contiguous()
+        if self.eod_mask_loss:
+            mask = mask * (tokens != self.eod_id)
+            counts = self._count(host, present, mask)
+        if not self.reads_data:
+            return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
+        positions = self._positions(tokens)
+        return [
+            Batch(
+                tokens_BS=tokens[i],
+                labels_BS=labels[i],
+                loss_mask_BS=mask[i],
+                position_ids_BS=positions[i],
+                sources_B=sources[i],
+                valid_tokens=int(counts[i]),
+            )
+            for i in range(len(sources))
+        ]
+
+    def _share(self, host: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tokens of the step on this rank's device, from the reading rank of the group."""
+        if self.is_reader:
+            assert host is not None
+            data = host.to(self.device, non_blocking=self.device.type != "cpu")
+        else:
+            data = torch.empty((*shape, self.seq_length + 1), dtype=torch.int64, device=self.device)
+        if self.group is not None:
+            dist.broadcast(data, group=self.group, group_src=0)
+        return data
+
+    def _count(self, host: torch.Tensor | None, present: np.ndarray, mask: torch.Tensor) -> np.ndarray:
+        """Trained labels of each micro-batch; the reading rank counts on the host and spares a device sync."""
+        if host is None:
+            return mask.sum(dim=(1, 2), dtype=torch.int64).cpu().numpy()
+        return ((host[..., :-1].numpy() != self.eod_id) & present[..., None]).sum(axis=(1, 2))
+
+    def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Position ids like `tokens`; with reset_position_ids they count from the last end of document."""
+        positions = torch.arange(self.seq_length, device=self.device).expand(tokens.shape)
+        if not self.reset_position_ids:
+            return positions
+        starts = torch.zeros_like(tokens)
+        starts[..., 1:] = torch.where(tokens[..., :-1] == self.eod_id, positions[..., 1:], 0)
+        return positions - starts.cummax(dim=-1).values
+
+    def _without_tokens(self, sources: np.ndarray, valid: int) -> Batch:
+        """A batch of the right shapes for a rank that looks at none of its tensors."""
+        shape = (len(sources), self.seq_length)
+        nothing = torch.zeros((), dtype=torch.int64, device=self.device).expand(shape)
+        return Batch(
+            tokens_BS=nothing,
+            labels_BS=nothing,
+            loss_mask_BS=torch.zeros((), device=self.device).expand(shape),
+            position_ids_BS=nothing,
+            sources_B=sources,
+            valid_tokens=valid,
+        )
+
+
+class TrainLoader:
+    """The micro-batches of optimizer steps, in the order of a ledger, read one step ahead.
+
+    datasets: fingerprint -> windows, for every source of the ledger's open segment. The other arguments are those of
+    BatchLayout and BatchBuilder. Use as a context manager or call close().
+    Raises ValueError if a dataset is missing or is not the one the ledger describes.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        datasets: Mapping[str, WindowedDataset],
+        *,
+        micro_batch_size: int,
+        num_microbatches: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        tensor_group: dist.ProcessGroup | None,
+        reads_data: bool,
+        device: torch.device,
+        eod_id: int | None,
+        eod_mask_loss: bool = False,
+        reset_position_ids: bool = False,
+    ) -> None:
+        _check_datasets(ledger, datasets)
+        self.ledger = ledger
+        self.layout = BatchLayout(
+            micro_batch_size=micro_batch_size,
+            num_microbatches=num_microbatches,
+            data_parallel_rank=data_parallel_rank,
+            data_parallel_size=data_parallel_size,
+        )
+        self.builder = BatchBuilder(
+            seq_length=ledger.seq_length,
+            tensor_group=tensor_group,
+            reads_data=reads_data,
+            device=device,
+            eod_id=eod_id,
+            eod_mask_loss=eod_mask_loss,
+            reset_position_ids=reset_position_ids,
+        )
+        self._datasets = [datasets.get(source.fingerprint) for source in ledger.sources]
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train-loader")
+        self._ahead: tuple[int, Future[tuple[torch.Tensor | None, np.ndarray]]] | None = None
+
+    def step(self, first_sample: int) -> list[Batch]:
+        """Return this rank's micro-batches of the step over samples [first_sample, + global batch).
+
+        Errors of reading are raised here, for the step they belong to.
+        """
+        if self._ahead is None or self._ahead[0] != first_sample:
+            self._request(first_sample)
+        assert self._ahead is not None
+        pending, self._ahead = self._ahead[1], None
+        host, sources = pending.result()
+        self._request(first_sample + self.layout.global_batch_size)
+        return self.builder.build(host, sources, np.ones(sources.shape, dtype=bool))
+
+    def close(self) -> None:
+        """Stop the background thread; may be called twice."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead = None
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _request(self, first_sample: int) -> None:
+        """Start reading a step; one that was read ahead and is not wanted is thrown away."""
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+        self._ahead = (first_sample, self._thread.submit(self._read, first_sample))
+
+    def _read(self, first_sample: int) -> tuple[torch.Tensor | None, np.ndarray]:
+        """Tokens and sources of this rank's samples of a step; runs on the background thread."""
+        offsets = self.layout.offsets()
+        source, _, window = self.ledger.samples(first_sample, first_sample + self.layout.global_batch_size)
+        sources, windows = source[offsets], window[offsets]
+
+        def fetch(microbatch: int, row: int) -> np.ndarray:
+            dataset = self._datasets[sources[microbatch, row]]
+            if dataset is None:
+                name = self.ledger.sources[sources[microbatch, row]].name
+                raise ValueError(f"sample of source {name!r}, which was dropped before; its file is not open")
+            return dataset[int(windows[microbatch, row])]
+
+        return self.builder.read(fetch, offsets.shape), sources
+
+
+class ValidLoader:
+    """The first windows of a validation set in their order, as global batches of micro-batches; can be iterated again.
+
+    num_samples is at most max_samples. The last global batch is filled up with padding that has no loss, so every rank
+    takes part in every step and the sum over all samples is the same for each layout. Read in the calling thread.
+    """
+
+    def __init__(
+        self,
+        dataset: WindowedDataset,
+        *,
+        max_samples: int | None,
+        micro_batch_size: int,
+        num_microbatches: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        tensor_group: dist.ProcessGroup | None,
+        reads_data: bool,
+        device: torch.device,
+        eod_id: int | None,
+        eod_mask_loss: bool = False,
+        reset_position_ids: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.num_samples = len(dataset) if max_samples is None else min(len(dataset), max_samples)
+        self.layout = BatchLayout(
+            micro_batch_size=micro_batch_size,
+            num_microbatches=num_microbatches,
+            data_parallel_rank=data_parallel_rank,
+            data_parallel_size=data_parallel_size,
+        )
+        self.builder = BatchBuilder(
+            seq_length=dataset.seq_length,
+            tensor_group=tensor_group,
+            reads_data=reads_data,
+            device=device,
+            eod_id=eod_id,
+            eod_mask_loss=eod_mask_loss,
+            reset_position_ids=reset_position_ids,
+        )
+
+    def __len__(self) -> int:
+        """Global batches in one pass."""
+        return -(-self.num_samples // self.layout.global_batch_size)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for number in range(len(self)):
+            windows = self.layout.offsets() + number * self.layout.global_batch_size
+            present = windows < self.num_samples
+
+            def fetch(
+                microbatch: int, row: int, windows: np.ndarray = windows, present: np.ndarray = present
+            ) -> np.ndarray | None:
+                return self.dataset[int(windows[microbatch, row])] if present[microbatch, row] else None
+
+            host = self.builder.read(fetch, windows.shape)
+            yield self.builder.build(host, np.full(windows.shape, -1), present)
+
+
+def _check_datasets(ledger: Ledger, datasets: Mapping[str, WindowedDataset]) -> None:
+    """Raise ValueError unless `datasets` has every source that the ledger still draws from, with the same windows."""
+    for source in ledger.sources:
+        dataset = datasets.get(source.fingerprint)
+        if dataset is None:
+            if source.weight:
+                raise ValueError(f"source {source.name!r} of the data order is not open; give its file in --data-path")
+            continue
+        if (len(dataset), dataset.seq_length) != (source.windows, ledger.seq_length):
+            raise ValueError(
+                f"source {source.name!r} has {len(dataset)} windows of {dataset.seq_length} tokens, the data order has "
+                f"{source.windows} of {ledger.seq_length}"
+            )

@@ -1,0 +1,220 @@
+"""From --data-path, --split, --train-data-path and --valid-data-path to open data sets and the ledger's sources."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from megatron_steel.data.indexed import IndexedReader, read_sidecar
+from megatron_steel.data.order import SourceSpec
+from megatron_steel.data.windows import WindowedDataset, split_documents
+
+# A file without a sidecar is scanned for ids that are out of range: all of it up to this many tokens, else samples.
+FULL_SCAN_TOKENS = 1 << 22
+SAMPLED_SEQUENCES = 3000
+SUFFIX = "_text_document"
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the data is checked against; of the tokenizer of the run."""
+
+    fingerprint: str
+    vocab_size: int
+
+
+@dataclass
+class DataSources:
+    """The data of a run, open. `train` and `datasets` (by fingerprint) are what the ledger and the loader take."""
+
+    train: list[SourceSpec] = field(default_factory=list)
+    datasets: dict[str, WindowedDataset] = field(default_factory=dict)
+    valid: dict[str, WindowedDataset] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Lines to print: what was left out, and why."""
+
+
+def open_sources(
+    *,
+    data_path: Sequence[str],
+    split: str,
+    train_data_path: Sequence[str],
+    valid_data_path: Sequence[str],
+    seq_length: int,
+    seed: int,
+    tokenizer: TokenizerFacts | None,
+) -> DataSources:
+    """Open the training and validation data that these options name.
+
+    seed orders the documents of the training data; on resume it is the ledger's (`Ledger.seed`), else the fingerprints
+    differ. tokenizer None skips the check of token ids (tools that only look at data).
+    Raises ValueError for options that contradict each other, a missing or damaged file, data of another tokenizer, or a
+    source without a single window.
+    """
+    if bool(data_path) == bool(train_data_path):
+        raise ValueError("give the training data as either --data-path (with --split) or --train-data-path")
+    weighted = parse_data_path(data_path or train_data_path, "--data-path" if data_path else "--train-data-path")
+    names = source_names([prefix for _, prefix in weighted])
+    result = DataSources()
+    for (weight, prefix), name in zip(weighted, names, strict=True):
+        reader = open_indexed(prefix, tokenizer)
+        documents = (0, reader.num_documents)
+        if data_path:
+            documents, held_out, _ = split_documents(split, reader.num_documents)
+            if not valid_data_path:
+                _add_split_valid(result, name, prefix, reader, held_out, seq_length)
+        dataset = WindowedDataset(prefix, seq_length, documents, seed, reader=reader)
+        # Without weights every window counts the same, so all sources finish an epoch at the same sample.
+        spec = SourceSpec(name, dataset.fingerprint, len(dataset), float(len(dataset)) if weight is None else weight)
+        result.train.append(spec)
+        result.datasets[dataset.fingerprint] = dataset
+    if data_path and valid_data_path:
+        result.notes.append("--valid-data-path replaces the validation share of --split, which is not used at all")
+    for name, prefix in parse_valid_data_path(valid_data_path):
+        reader = open_indexed(prefix, tokenizer)
+        result.valid[name] = WindowedDataset(prefix, seq_length, shuffle_documents=False, reader=reader)
+    return result
+
+
+def _add_split_valid(
+    result: DataSources, name: str, prefix: str, reader: IndexedReader, documents: tuple[int, int], seq_length: int
+) -> None:
+    """Add the held-out documents of a source as the validation set of its name, or a note if they fill no window."""
+    lengths = reader.sequence_lengths[slice(*reader.document_indices[list(documents)])]
+    if documents[0] == documents[1] or lengths.sum(dtype=np.int64) <= seq_length:
+        result.notes.append(
+            f"no validation set of {name}: --split leaves it {documents[1] - documents[0]} documents with "
+            f"{lengths.sum(dtype=np.int64)} tokens, less than one window of seq_length {seq_length} + 1"
+        )
+        return
+    result.valid[name] = WindowedDataset(prefix, seq_length, documents, shuffle_documents=False, reader=reader)
+
+
+def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[tuple[float | None, str]]:
+    """Return (weight or None, prefix) of each source; the forms are Megatron-LM's.
+
+    One or more PREFIX, or WEIGHT PREFIX pairs. Values are read as pairs if one of them is a number.
+    Raises ValueError for a mixture, a weight that is not positive, a prefix that is listed twice.
+    """
+    numbers = [_number(value) for value in values]
+    pairs = len(values) > 1 and any(number is not None for number in numbers)
+    if pairs and (len(values) % 2 or None in numbers[0::2]):
+        raise ValueError(f"{flag} {' '.join(values)}: give prefixes only, or a weight before each of them")
+    weights = numbers[0::2] if pairs else [None] * len(values)
+    prefixes = [value.strip() for value in (values[1::2] if pairs else values)]
+    for weight, prefix in zip(weights, prefixes, strict=True):
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"{flag}: the weight {weight:g} of {prefix} is not a positive number")
+    for prefix, count in Counter(prefixes).items():
+        if count > 1:
+            raise ValueError(f"{flag} lists {prefix} {count} times; list it once, with a higher weight")
+    # As in Megatron-LM a weight of 0 leaves the source out.
+    return [(weight, prefix) for weight, prefix in zip(weights, prefixes, strict=True) if weight != 0]
+
+
+def parse_valid_data_path(values: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (name, prefix) of each validation set, given as NAME=PREFIX or PREFIX.
+
+    Raises ValueError for an empty name or prefix and for a name that is given twice.
+    """
+    named = []
+    for value in values:
+        name, equals, prefix = value.partition("=")
+        # A path may hold "=" itself (hive-style folders); a name holds no "/".
+        if not equals or "/" in name:
+            name, prefix = "", value
+        elif not name or not prefix:
+            raise ValueError(f"--valid-data-path {value!r}: give NAME=PREFIX or PREFIX")
+        named.append((name, prefix))
+    unnamed = iter(source_names([prefix for name, prefix in named if not name]))
+    result = [(name or next(unnamed), prefix) for name, prefix in named]
+    for name, count in Counter(name for name, _ in result).items():
+        if count > 1:
+            raise ValueError(f"--valid-data-path: {count} sets are named {name!r}; give each its own NAME=PREFIX")
+    return result
+
+
+def source_names(prefixes: Sequence[str]) -> list[str]:
+    """Return a short name per prefix: its last part without _text_document, with as many folders as tell it apart."""
+    parts = [Path(prefix.removesuffix(SUFFIX)).parts or (prefix,) for prefix in prefixes]
+    names = []
+    for own in parts:
+        depth = 1
+        while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
+            depth += 1
+        names.append("/".join(own[-depth:]).replace("//", "/"))
+    return names
+
+
+def open_indexed(prefix: str, tokenizer: TokenizerFacts | None) -> IndexedReader:
+    """Open the indexed file `prefix` and check that its ids are the tokenizer's.
+
+    Raises ValueError for a missing file (saying what to do about raw text), a damaged one, or another tokenizer.
+    """
+    _check_exists(prefix)
+    reader = IndexedReader(prefix)
+    if tokenizer is None:
+        return reader
+    sidecar = read_sidecar(prefix)
+    recorded = (sidecar or {}).get("tokenizer_fingerprint")
+    if recorded is None:
+        _check_ids(prefix, reader, tokenizer.vocab_size)
+    elif recorded != tokenizer.fingerprint:
+        raise ValueError(
+            f"{prefix} was encoded with another tokenizer (fingerprint {str(recorded)[:12]}, this run's is "
+            f"{tokenizer.fingerprint[:12]}): pass the tokenizer it was made with, or preprocess the text again"
+        )
+    return reader
+
+
+def _check_exists(prefix: str) -> None:
+    """Raise ValueError if prefix.bin or prefix.idx is missing, with the likely reason."""
+    missing = [prefix + suffix for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+    if not missing:
+        return
+    if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
+        raise ValueError(f"{prefix}: give the prefix without {prefix[-4:]}: {prefix[:-4]}")
+    if prefix.endswith((".jsonl", ".json", ".txt", ".parquet", ".zst", ".gz")) or Path(prefix).is_file():
+        raise ValueError(
+            f"{prefix} is not an indexed file: make one with python tools/preprocess_data.py --input {prefix} "
+            "--output-prefix PREFIX, then give PREFIX_text_document"
+        )
+    if Path(prefix + SUFFIX + ".bin").is_file():
+        raise ValueError(f"{missing[0]} does not exist; did you mean {prefix}{SUFFIX}?")
+    raise ValueError(f"{missing[0]} does not exist; a data path is the name of a .bin and .idx file without the ending")
+
+
+def _check_ids(prefix: str, reader: IndexedReader, vocab_size: int) -> None:
+    """Raise ValueError if a token id is outside of [0, vocab_size): all of a small file, samples of a large one."""
+    count = len(reader.sequence_lengths)
+    sequences, limit = np.arange(count), reader.num_tokens
+    if reader.num_tokens > FULL_SCAN_TOKENS:
+        limit = FULL_SCAN_TOKENS // SAMPLED_SEQUENCES
+        if count > SAMPLED_SEQUENCES:
+            third = SAMPLED_SEQUENCES // 3
+            spread = np.linspace(third, count - third - 1, third).astype(np.int64)
+            sequences = np.concatenate([sequences[:third], spread, sequences[-third:]])
+    for sequence in sequences.tolist():
+        length = int(reader.sequence_lengths[sequence])
+        part = min(length, limit)
+        for offset in {0, length - part}:
+            ids = reader.sequence(sequence, offset, part)
+            if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+                bad = int(ids.max()) if ids.max() >= vocab_size else int(ids.min())
+                raise ValueError(
+                    f"{prefix} holds token id {bad} in sequence {sequence}, but the tokenizer has {vocab_size} ids: "
+                    "it was encoded with another tokenizer; pass that one, or preprocess the text again"
+                )
+
+
+def _number(value: str) -> float | None:
+    """The value as a number, or None."""
+    try:
+        return float(value)
+    except ValueError:
+        return None
