@@ -130,7 +130,9 @@ class BatchBuilder:
             return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
         data = self._share(host, present.shape)
         tokens, labels = data[..., :-1].contiguous(), data[..., 1:].contiguous()
-        mask = torch.from_numpy(present).to(self.device).float()[..., None].expand(tokens.shape).contiguous()
+        mask = torch.ones(tokens.shape, device=self.device)
+        if not present.all():
+            mask *= torch.from_numpy(present[..., None]).to(self.device)
         if self.eod_mask_loss:
             mask = mask * (tokens != self.eod_id)
             counts = self._count(host, present, mask)

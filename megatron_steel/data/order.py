@@ -196,9 +196,12 @@ class Ledger:
         ]
 
     def check_max_epochs(self, total_samples: int, max_epochs_per_source: float) -> None:
-        """Raise ValueError if a run of `total_samples` sees a source more often than `max_epochs_per_source` times."""
+        """Raise ValueError if a run of `total_samples` sees a source more often than `max_epochs_per_source` times.
+
+        Sources that were dropped are not judged: nothing can be changed about their past.
+        """
         for row in self.epoch_table(total_samples):
-            if row.epochs > max_epochs_per_source:
+            if row.share and row.epochs > max_epochs_per_source:
                 raise ValueError(
                     f"source {row.name!r} would be seen {row.epochs:.4g} times ({row.samples} samples of {row.windows} "
                     f"windows), more than --max-epochs-per-source {max_epochs_per_source:g}: add data, lower its "
@@ -234,7 +237,7 @@ class Ledger:
         return Ledger(seq_length, tuple(segments))
 
     def fingerprint(self) -> str:
-        """Return the sha256 (hex) of the canonical JSON: equal exactly when every sample is."""
+        """Return the sha256 (hex) of the canonical JSON; two runs with the same one train on the same samples."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
