@@ -1,0 +1,65 @@
+"""Messages of the libraries below us that say nothing to the user, each with the reason why it may go.
+
+A row names one message of one module; everything else still gets through.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message that is dropped."""
+
+    module: str
+    """Module that issues it (regular expression for warnings, logger name for log records)."""
+    start: str
+    """How it begins, verbatim."""
+    why: str
+    """Why the user does not need it."""
+
+
+_OWN_LAYERS = "our own layer backends and their log line say which norm and optimizer run"
+
+WARNINGS: tuple[Message, ...] = (
+    Message(
+        r"megatron\.core\.",
+        "Transformer Engine and Apex are not installed. Falling back to",
+        "neither is needed: the plain loops and torch's AdamW compute the same",
+    ),
+    Message(r"megatron\.core\.", "Apex is not installed. Falling back to Torch Norm", _OWN_LAYERS),
+)
+
+RECORDS: tuple[Message, ...] = (
+    Message(
+        "megatron.core.tensor_parallel.random",
+        "CPU RNG state changed within GPU RNG context",
+        "on the host they are one generator, so dropout changes it by design",
+    ),
+)
+
+
+class DropMessage(logging.Filter):
+    """Drops the records of a logger that begin with a given text."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep a record unless it is the one to drop."""
+        return not record.getMessage().startswith(self.start)
+
+
+def install() -> None:
+    """Drop the messages of :data:`WARNINGS` and :data:`RECORDS`; doing it twice changes nothing."""
+    for message in WARNINGS:
+        text = message.start.replace(".", r"\.")
+        warnings.filterwarnings("ignore", message=text, category=UserWarning, module=message.module)
+    for message in RECORDS:
+        logger = logging.getLogger(message.module)
+        if not any(isinstance(known, DropMessage) and known.start == message.start for known in logger.filters):
+            logger.addFilter(DropMessage(message.start))
