@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_steel.config.schema import Config
+from megatron_steel.config.load import to_flat
+from megatron_steel.config.schema import Config, ModelConfig
 
 
 def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int) -> int:
@@ -19,7 +20,9 @@ def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int, tensor
 
 def check(config: Config, world_size: int = 1) -> list[str]:
     """Check and complete a configuration in place; returns warnings about settings without effect."""
+    check_finite(config)
     check_positive(config)
+    check_ranges(config)
     check_heads(config)
     check_family(config)
     check_layers(config)
@@ -30,22 +33,54 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     return settings_without_effect(config, world_size)
 
 
+def check_finite(config: Config) -> None:
+    """A number that is infinite or not a number would only be noticed as a strange loss."""
+    for name, value in to_flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
+
+
 def check_positive(config: Config) -> None:
-    """Sizes and counts must be at least 1."""
+    """Sizes and counts must be greater than 0."""
     for group, names in (
         (config.size, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")),
         (config.size, ("kv_channels", "make_vocab_size_divisible_by", "vocab_size", "max_position_embeddings")),
+        (config.size, ("rotary_base", "rope_scaling_factor", "norm_epsilon")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
         (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
+        (config.data, ("max_epochs_per_source",)),
         (config.training, ("micro_batch_size", "global_batch_size", "seq_length", "train_iters", "exit_interval")),
+        (config.training, ("exit_duration_in_mins",)),
         (config.checkpoint, ("save_interval", "save_total_limit")),
-        (config.logging, ("log_interval", "eval_interval")),
-        (config.optimizer, ("lr",)),
+        (config.logging, ("log_interval", "eval_interval", "eval_iters")),
+        (config.optimizer, ("lr", "lr_decay_iters", "adam_eps")),
     ):
         for name in names:
             value = getattr(group, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, not {value}")
+
+
+def check_ranges(config: Config) -> None:
+    """Numbers that may be 0 but not negative, and shares below 1."""
+    options = config.optimizer
+    for group, names in (
+        (config.size, ("init_method_std", "attention_dropout", "hidden_dropout")),
+        (config.data, ("seed",)),
+        (options, ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2")),
+        (config.checkpoint, ("ckpt_step",)),
+    ):
+        for name in names:
+            value = getattr(group, name)
+            if value is not None and value < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {value}")
+    for group, names in (
+        (config.size, ("attention_dropout", "hidden_dropout")),
+        (options, ("adam_beta1", "adam_beta2")),
+    ):
+        for name in names:
+            if getattr(group, name) >= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be below 1, not {getattr(group, name)}")
 
 
 def divisors_near(number: int, wish: int, allowed: Sequence[int] | None = None) -> list[int]:
@@ -146,9 +181,10 @@ def check_batch(config: Config, replicas: int) -> None:
         training.global_batch_size = per_pass
     if training.global_batch_size % per_pass:
         above = math.ceil(training.global_batch_size / per_pass) * per_pass
+        near = f"{above - per_pass} or {above}" if above > per_pass else str(above)
         raise ValueError(
             f"--global-batch-size {training.global_batch_size} is not --micro-batch-size {training.micro_batch_size} "
-            f"x {replicas} data-parallel ranks x a whole number; use {max(per_pass, above - per_pass)} or {above}"
+            f"x {replicas} data-parallel ranks x a whole number; use {near}"
         )
     stages, accumulation = config.parallel.pipeline_model_parallel_size, training.global_batch_size // per_pass
     if virtual_chunks(config) and accumulation % stages:
@@ -160,7 +196,7 @@ def check_batch(config: Config, replicas: int) -> None:
     if config.parallel.sequence_parallel and training.seq_length % tensor:
         raise ValueError(
             f"--seq-length {training.seq_length} is not divisible by --tensor-model-parallel-size {tensor}, "
-            f"which --sequence-parallel needs; use {training.seq_length // tensor * tensor}"
+            f"which --sequence-parallel needs; use {max(1, training.seq_length // tensor) * tensor}"
         )
 
 
@@ -212,17 +248,25 @@ def check_checkpoint(config: Config) -> None:
 def settings_without_effect(config: Config, world_size: int) -> list[str]:
     """One line for each setting that changes nothing in this run."""
     notes = []
-    options, logging = config.optimizer, config.logging
+    options, logging, parallel = config.optimizer, config.logging, config.parallel
     if options.lr_wsd_decay_iters is not None and options.lr_decay_style != "WSD":
         notes.append(f"--lr-wsd-decay-iters has no effect with --lr-decay-style {options.lr_decay_style}")
     if options.lr_decay_style == "constant" and options.min_lr:
         notes.append("--min-lr has no effect with --lr-decay-style constant")
-    if logging.wandb_exp_name and not logging.wandb_project:
-        notes.append("--wandb-exp-name has no effect without --wandb-project")
-    if config.parallel.use_distributed_optimizer and data_parallel_size(config, world_size) == 1:
+    for name in ("wandb_exp_name", "wandb_save_dir"):
+        if getattr(logging, name) and not logging.wandb_project:
+            notes.append(f"--{name.replace('_', '-')} has no effect without --wandb-project")
+    if config.size.rope_scaling_factor != ModelConfig().rope_scaling_factor and not config.size.use_rope_scaling:
+        notes.append("--rope-scaling-factor has no effect without --use-rope-scaling")
+    if parallel.num_layers_per_virtual_pipeline_stage and virtual_chunks(config) is None:
+        notes.append("--num-layers-per-virtual-pipeline-stage has no effect: a stage holds no more layers than that")
+    if parallel.use_distributed_optimizer and data_parallel_size(config, world_size) == 1:
         notes.append("--use-distributed-optimizer shards nothing on one data-parallel rank")
-    if options.override_opt_param_scheduler and not (config.checkpoint.load or config.checkpoint.auto_resume):
-        notes.append("--override-opt-param-scheduler has no effect without --load or --auto-resume")
-    if config.data.append_data and not (config.checkpoint.load or config.checkpoint.auto_resume):
-        notes.append("--append-data has no effect without --load or --auto-resume")
+    resumes = config.checkpoint.auto_resume or (config.checkpoint.load and not config.checkpoint.finetune)
+    for flag, given in (
+        ("--override-opt-param-scheduler", options.override_opt_param_scheduler),
+        ("--append-data", config.data.append_data),
+    ):
+        if given and not resumes:
+            notes.append(f"{flag} has no effect unless a run is resumed (--load without --finetune, or --auto-resume)")
     return notes

@@ -5,6 +5,8 @@ Only what decides the numbers of the model is read; anything this engine would c
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from megatron_steel.config.schema import ModelConfig
@@ -15,9 +17,33 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Values transformers assumes when the key is absent (its configuration classes).
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+# Values transformers assumes when the key is absent (its configuration classes); the rest is the same in all families.
 DEFAULT_ROPE_THETA = 10000.0
-DEFAULT_TIED = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+
+
+def read_sizes(path: Path) -> dict[str, Any]:
+    """Flags for a ``config.json``; ``ValueError`` names the file when it cannot be read or is not supported."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return sizes_from_hf(values, str(path))
 
 
 def sizes_from_hf(hf: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -28,6 +54,10 @@ def sizes_from_hf(hf: dict[str, Any], origin: str) -> dict[str, Any]:
     family = hf.get("model_type")
     if family not in ARCHITECTURES:
         raise ValueError(f"{origin}: model_type {family!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+    for key in REQUIRED:
+        if hf.get(key) is None:
+            raise ValueError(f"{origin}: {key} is missing")
+    hf = {**DEFAULTS[family], **hf}
     refuse_unsupported(hf, family, origin)
     heads, hidden = hf["num_attention_heads"], hf["hidden_size"]
     theta, factor = rope_settings(hf, origin)
@@ -46,7 +76,7 @@ def sizes_from_hf(hf: dict[str, Any], origin: str) -> dict[str, Any]:
         "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
         "qk_layernorm": family == "qwen3",
         "add_qkv_bias": family == "qwen2",
-        "untie_embeddings_and_output_weights": not hf.get("tie_word_embeddings", DEFAULT_TIED[family]),
+        "untie_embeddings_and_output_weights": not hf.get("tie_word_embeddings", False),
         "init_method_std": hf.get("initializer_range", 0.02),
         "vocab_size": hf["vocab_size"],
     }
@@ -56,8 +86,9 @@ def refuse_unsupported(hf: dict[str, Any], family: str, origin: str) -> None:
     """``ValueError`` for settings that would change the numbers without a word."""
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"{origin}: hidden_act {hf['hidden_act']!r} is not supported; only silu is")
-    if hf.get("attention_bias") or hf.get("mlp_bias"):
-        raise ValueError(f"{origin}: attention_bias / mlp_bias is not supported for {family}")
+    for key in ("attention_bias", "mlp_bias"):
+        if hf.get(key):
+            raise ValueError(f"{origin}: {key} is not supported for {family}")
     window = hf.get("sliding_window")
     used = hf.get("use_sliding_window", family == "mistral")
     if window and used and window < hf["max_position_embeddings"]:
@@ -75,7 +106,7 @@ def rope_settings(hf: dict[str, Any], origin: str) -> tuple[float, float | None]
     if kind == "default":
         return theta, None
     fixed = (rope.get("low_freq_factor"), rope.get("high_freq_factor"), rope.get("original_max_position_embeddings"))
-    if kind != "llama3" or fixed != (1.0, 4.0, 8192):
+    if kind != "llama3" or fixed != (1.0, 4.0, 8192) or "factor" not in rope:
         raise ValueError(f"{origin}: rope scaling {rope} is not supported; only Llama 3's with factors 1, 4, 8192 is")
     return theta, float(rope["factor"])
 

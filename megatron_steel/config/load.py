@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import io
-import json
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_steel.config import hf_sizes
 from megatron_steel.config.megatron_flags import KNOWN_FLAGS
@@ -57,38 +59,58 @@ def from_flat(values: dict[str, Any], origin: str = "checkpoint") -> Config:
 
 def apply(config: Config, values: dict[str, Any], origin: str) -> None:
     """Set flat keys on a configuration in place, checking names and kinds of values."""
-    owners = {item.name: group for group in groups(config) for item in dataclasses.fields(group)}
+    owners: dict[str, Any] = {item.name: group for group in groups(config) for item in dataclasses.fields(group)}
+    owners |= {"config": config, "model": config}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name in ("config", "model"):
-            setattr(config, name, value)
-        elif name in owners:
-            setattr(owners[name], name, coerce(owners[name], name, value, origin))
-        else:
+        if name not in owners:
             raise ValueError(unknown_option(name, origin))
+        setattr(owners[name], name, coerce(owners[name], name, value, origin))
 
 
 def coerce(group: Any, name: str, value: Any, origin: str) -> Any:
     """Turn a YAML value into the field's kind, or raise ``ValueError`` naming the key."""
-    kind = str({item.name: item.type for item in dataclasses.fields(group)}[name])
-    if value is None and "None" in kind:
-        return None
-    if kind == "bool":
+    kind = get_type_hints(type(group))[name]
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{origin}: {name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+        return value
+    if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{origin}: {name} must be true or false, not {value!r}")
         return value
-    if kind.startswith("list"):
-        return [str(item) for item in value] if isinstance(value, list) else str(value).split()
-    if kind.startswith(("int", "float")):
-        convert = int if kind.startswith("int") else float
-        try:
-            number = float(value) if not isinstance(value, bool) else None
-        except (TypeError, ValueError):
-            number = None
-        if number is None or (convert is int and number != int(number)):
-            raise ValueError(f"{origin}: {name} must be a number ({kind}), not {value!r}")
-        return convert(number)
+    if kind in (int, float):
+        return number(kind, value, f"{origin}: {name}")
+    if get_origin(kind) is list:
+        items = str(value).split() if is_scalar(value) else value
+        if not isinstance(items, list) or not all(is_scalar(item) for item in items):
+            raise ValueError(f"{origin}: {name} must be a list of words, not {value!r}")
+        return [str(item) for item in items]
+    if not is_scalar(value):
+        raise ValueError(f"{origin}: {name} must be text, not {value!r}")
     return str(value)
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a YAML value can be read as one word: text, a number or a date."""
+    return isinstance(value, str | int | float | datetime.date) and not isinstance(value, bool)
+
+
+def number(kind: type[int] | type[float], value: Any, where: str) -> int | float:
+    """A whole or finite number; also from text, because YAML reads ``3e-4`` as text."""
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        read = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        read = math.nan
+    if not math.isfinite(read) or (kind is int and read != int(read)):
+        raise ValueError(f"{where} must be a {'whole' if kind is int else 'finite'} number, not {value!r}")
+    return kind(read)
 
 
 def unknown_option(name: str, origin: str) -> str:
@@ -102,19 +124,33 @@ def unknown_option(name: str, origin: str) -> str:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """A flat YAML mapping; ``ValueError`` names the file when it is missing or not a mapping."""
+    """A flat YAML mapping with ``_`` in its keys.
+
+    ``ValueError`` names the file when it is missing, not a mapping, gives a key twice or names another file.
+    """
     import yaml
 
     try:
         text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
-    try:
-        values = yaml.safe_load(text) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path}: not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: must be a mapping of option: value")
+    names = [str(key.value).replace("-", "_") for key, _ in root.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--config {path}: {name} is given twice; remove one")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if values.get("config") is not None:
+        raise ValueError(f"--config {path}: a configuration file cannot name another; remove config")
     return values
 
 
@@ -124,7 +160,7 @@ def preset(model: str) -> dict[str, Any]:
         return PRESETS[model]
     folder = Path(model)
     if (folder / "config.json").is_file():
-        return hf_sizes.sizes_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
+        return hf_sizes.read_sizes(folder / "config.json")
     near = difflib.get_close_matches(model, PRESETS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
     raise ValueError(f"--model {model}: no such preset and no folder with a config.json; {hint}")
