@@ -1,0 +1,165 @@
+"""Preprocessing writes what Megatron-LM writes: megatron-core's builder, and its script where a checkout is given.
+
+``MEGATRON_LM_PATH=/path/to/Megatron-LM`` runs ``tools/preprocess_data.py`` of that checkout on the same input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "examples" / "data"
+HUGGING_FACE = ("HuggingFaceTokenizer", str(DATA / "tokenizer"))
+ODD_ROWS = [
+    {"text": ""},
+    {"text": "typed <|im_start|>user <|endoftext|></s>"},
+    {"text": ["one sentence.", "", "another"]},
+    {"text": " \n"},
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled corpus, both languages, and rows that could be treated differently."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    rows = [json.loads(line) for line in open(DATA / "train.jsonl", encoding="utf-8")]
+    rows[100:100] = ODD_ROWS
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(corpus: Path) -> tuple[str, str]:
+    import sentencepiece
+
+    text = corpus.with_suffix(".txt")
+    text.write_text("\n".join(path.read_text(encoding="utf-8") for path in DATA.glob("valid_*.jsonl")), "utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(corpus.parent / "tiny"), vocab_size=3000, byte_fallback=True,
+        character_coverage=0.98, model_type="bpe", minloglevel=2, num_threads=1, max_sentence_length=100000,
+    )  # fmt: skip
+    return "SentencePieceTokenizer", str(corpus.parent / "tiny.model")
+
+
+def preprocess(corpus: Path, tokenizer: tuple[str, str], prefix: Path, workers: int, *flags: str) -> Path:
+    """Run the tool and return the dataset's prefix."""
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(corpus)]
+    command += ["--output-prefix", str(prefix), "--tokenizer-type", tokenizer[0], "--tokenizer-model", tokenizer[1]]
+    subprocess.run([*command, "--workers", str(workers), *flags], check=True, capture_output=True, timeout=120)
+    return prefix.with_name(prefix.name + "_text_document")
+
+
+def megatron_core(corpus: Path, encode: object, eod: int | None, vocab_size: int, prefix: Path) -> Path:
+    """The same documents through megatron-core's ``IndexedDatasetBuilder.add_document``."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+    for line in open(corpus, encoding="utf-8"):
+        text = json.loads(line)["text"]
+        sentences = [ids for ids in map(encode, text if isinstance(text, list) else [text]) if ids]
+        if sentences and eod is not None:
+            sentences[-1] = [*sentences[-1], eod]
+        builder.add_document([index for ids in sentences for index in ids], [len(ids) for ids in sentences])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def assert_same_bytes(ours: Path, theirs: Path) -> None:
+    for suffix in (".idx", ".bin"):
+        assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes(), suffix
+
+
+def test_hugging_face_bytes_equal_megatron_core_for_any_worker_count(corpus: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    library = AutoTokenizer.from_pretrained(HUGGING_FACE[1])
+    expected = megatron_core(
+        corpus, lambda text: library(text).input_ids, library.eos_token_id, len(library), tmp_path / "core"
+    )
+    for workers in (1, 2, 3):
+        assert_same_bytes(
+            preprocess(corpus, HUGGING_FACE, tmp_path / f"ours{workers}", workers, "--append-eod"), expected
+        )
+
+
+def test_sentencepiece_bytes_equal_megatron_core_for_any_worker_count(
+    corpus: Path, sentencepiece_tokenizer: tuple[str, str], tmp_path: Path
+) -> None:
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=sentencepiece_tokenizer[1])
+    size, eod = library.get_piece_size(), library.eos_id()
+    for flag, end in (("--append-eod", eod), (None, None)):
+        expected = megatron_core(corpus, library.encode_as_ids, end, size, tmp_path / f"core{end}")
+        for workers in (1, 2, 3) if flag else (2,):
+            prefix = tmp_path / f"ours{end}_{workers}"
+            assert_same_bytes(
+                preprocess(corpus, sentencepiece_tokenizer, prefix, workers, *([flag] if flag else [])), expected
+            )
+
+
+def test_sidecar_says_what_was_written(corpus: Path, tmp_path: Path) -> None:
+    from megatron_steel.text.tokenizer import build_tokenizer
+
+    prefix = preprocess(corpus, HUGGING_FACE, tmp_path / "ours", 2, "--append-eod")
+    sidecar = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+    tokens = np.fromfile(f"{prefix}.bin", dtype=sidecar["dtype"])
+    rows = [json.loads(line)["text"] for line in open(corpus, encoding="utf-8")]
+    texts = ["".join(row) for row in rows]
+    han = sum("\u4e00" <= letter <= "\u9fff" for text in texts for letter in text)
+    latin = sum(letter.isascii() and letter.isalpha() for text in texts for letter in text)
+    assert sidecar["tokenizer_fingerprint"] == build_tokenizer(*HUGGING_FACE).fingerprint()
+    assert (sidecar["vocab_size"], sidecar["eod_id"], sidecar["append_eod"]) == (4096, 0, True)
+    assert sidecar["documents"] == len(rows) and sidecar["tokens"] == len(tokens)
+    assert int((tokens == 0).sum()) == len(rows) - 1 + 1  # one empty document has none, one has it typed as well
+    assert sidecar["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert sidecar["language_shares"]["zh"] == pytest.approx(han / (han + latin), abs=1e-4)
+    assert sum(sidecar["language_shares"].values()) == pytest.approx(1, abs=1e-5)
+    assert sidecar["bin_sha256"] == hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()
+
+
+def test_megatron_core_reads_the_dataset(corpus: Path, tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron_steel.data.indexed import IndexedReader
+
+    prefix = str(preprocess(corpus, HUGGING_FACE, tmp_path / "ours", 2))
+    theirs, ours = IndexedDataset(prefix), IndexedReader(prefix)
+    assert len(theirs) == len(ours)
+    assert theirs.document_indices.tolist() == ours.document_indices.tolist()
+    assert all(np.array_equal(theirs[index], ours.sequence(index)) for index in range(0, len(ours), 7))
+
+
+SCRIPT = """
+import runpy, sys, typing
+import typing_extensions
+typing.override = typing_extensions.override
+sys.path.insert(0, sys.argv[1])
+sys.argv = [sys.argv[1] + "/tools/preprocess_data.py", *sys.argv[2:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
+@pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece"])
+def test_bytes_equal_megatron_lms_script(
+    kind: str, corpus: Path, sentencepiece_tokenizer: tuple[str, str], tmp_path: Path
+) -> None:
+    tokenizer = HUGGING_FACE if kind == "hugging_face" else sentencepiece_tokenizer
+    checkout = os.environ["MEGATRON_LM_PATH"]
+    command = [sys.executable, "-c", SCRIPT, checkout, "--input", str(corpus), "--append-eod", "--workers", "2"]
+    command += ["--output-prefix", str(tmp_path / "theirs")]
+    command += ["--tokenizer-type", tokenizer[0], "--tokenizer-model", tokenizer[1]]
+    environment = os.environ | {"PYTHONPATH": checkout}
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
+    for workers in (1, 2, 3):
+        ours = preprocess(corpus, tokenizer, tmp_path / f"ours{workers}", workers, "--append-eod")
+        assert_same_bytes(ours, tmp_path / "theirs_text_document")

@@ -1,0 +1,101 @@
+"""Hugging Face folders give AutoTokenizer's ids, also where transformers rebuilds the tokenizer of a class."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_steel.text import huggingface
+from megatron_steel.text.tokenizer import build_tokenizer
+
+DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
+TYPED = ["<|im_start|>user\nhi<|im_end|>\n<|endoftext|>", " <|im_end|> x", "<s>y</s>", "", " ", "e\u0301"]
+
+
+def texts() -> list[str]:
+    """Real text of both languages and typed control tokens."""
+    lines = [line for name in ("valid_zh", "valid_en") for line in open(DATA / f"{name}.jsonl", encoding="utf-8")]
+    return [json.loads(line)["text"] for line in lines] + TYPED
+
+
+def folder(tmp_path: Path, config: dict[str, Any], state: dict[str, Any] | None = None) -> Path:
+    """A copy of the bundled tokenizer with changes to its configuration and to tokenizer.json."""
+    path = tmp_path / "folder"
+    shutil.copytree(DATA / "tokenizer", path)
+    for name, changes in (("tokenizer_config.json", config), ("tokenizer.json", state or {})):
+        content = json.loads((path / name).read_text(encoding="utf-8")) | changes
+        (path / name).write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def add_bos(token: str, index: int) -> dict[str, Any]:
+    """A post-processor that puts one token in front of every text."""
+    single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {token: {"id": token, "ids": [index], "tokens": [token]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+
+
+@pytest.mark.parametrize(
+    ("config", "state"),
+    [
+        ({}, {}),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, {}),
+        ({"tokenizer_class": "GPT2Tokenizer"}, {}),
+        ({"bos_token": "<|im_start|>"}, {"post_processor": add_bos("<|im_start|>", 1)}),
+        ({"bos_token": "<|im_start|>", "add_bos_token": True}, {}),
+        ({"eos_token": "<|new_end|>"}, {}),
+        ({"eos_token": {"content": "<|im_end|>", "special": True, "__type": "AddedToken"}}, {}),
+        ({}, {"truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}}),
+        ({}, {"padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                          "pad_type_id": 0, "pad_token": "<|endoftext|>"}}),
+    ],
+    ids=["plain", "qwen2", "gpt2", "post-processor", "add-bos", "new-token", "object", "truncation", "padding"],
+)  # fmt: skip
+def test_ids_are_auto_tokenizers(config: dict[str, Any], state: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = folder(tmp_path, config, state)
+    ours, library = build_tokenizer("HuggingFaceTokenizer", str(path)), AutoTokenizer.from_pretrained(str(path))
+    expected = [library(text).input_ids for text in texts()]
+    plain = [library(text, add_special_tokens=False).input_ids for text in texts()]
+    if "padding" not in state and "truncation" not in state:
+        assert ours.encode_documents(texts()) == expected
+        assert ours.encode_batch(texts()) == plain
+    assert (ours.vocab_size, ours.eos_id) == (len(library), library.eos_token_id)
+    assert (ours.bos_id, ours.pad_id) == (library.bos_token_id, library.pad_token_id)
+    without = build_tokenizer("HuggingFaceTokenizer", str(path), include_special_tokens=False)
+    assert without.encode_documents(texts()[:3]) == plain[:3] or state
+    ours.save(tmp_path / "saved")
+    assert build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "saved")).fingerprint() == ours.fingerprint()
+    copy = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    assert [copy(text).input_ids for text in texts()[:5]] == expected[:5]
+
+
+def test_documents_are_never_cut_or_padded(tmp_path: Path) -> None:
+    limit = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    cut = build_tokenizer("HuggingFaceTokenizer", str(folder(tmp_path, {}, {"truncation": limit})))
+    whole = build_tokenizer("HuggingFaceTokenizer", str(DATA / "tokenizer"))
+    assert cut.encode_documents(texts()) == whole.encode_documents(texts())
+
+
+def test_the_direct_path_is_taken_only_where_nothing_steers_auto_tokenizer(tmp_path: Path) -> None:
+    bundled = DATA / "tokenizer"
+    assert huggingface.load_direct(bundled, huggingface.read_config(bundled)) is not None
+    for config in ({"tokenizer_class": "LlamaTokenizer"}, {"add_bos_token": True}, {"eos_token": "<|new|>"}):
+        path = folder(tmp_path, config)
+        assert huggingface.load_direct(path, huggingface.read_config(path)) is None
+        shutil.rmtree(path)
+
+
+def test_the_chat_template_is_chatml() -> None:
+    from transformers import AutoTokenizer
+
+    library = AutoTokenizer.from_pretrained(str(DATA / "tokenizer"))
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    text = library.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>assistant\n"
+    assert text == expected
