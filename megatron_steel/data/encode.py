@@ -27,11 +27,16 @@ class Block:
 
 @dataclass
 class KeyTokens:
-    """Documents of one JSON key in a block: ids back to back, lengths of sequences, sequences per document."""
+    """Documents of one JSON key in a block: ids back to back, lengths of sequences, sequences per document.
+
+    ``text_bytes`` counts their UTF-8 bytes, ``letters`` their characters as :func:`count_letters` does.
+    """
 
     tokens: np.ndarray
     lengths: list[int]
     sequences: list[int]
+    text_bytes: int
+    letters: np.ndarray
 
 
 @dataclass
@@ -41,8 +46,6 @@ class Encoded:
     by_key: dict[str, KeyTokens] = field(default_factory=dict)
     documents: int = 0
     blank_lines: int = 0
-    text_bytes: int = 0
-    letters: np.ndarray = field(default_factory=lambda: np.zeros(len(SCRIPTS) + 1, dtype=np.int64))
     error: str | None = None
 
 
@@ -59,7 +62,7 @@ class Encoder:
         try:
             rows = self._rows(block, result)
             for key in self.json_keys:
-                result.by_key[key] = self._encode_key(block, rows, key, result)
+                result.by_key[key] = self._encode_key(block, rows, key)
         except ValueError as error:
             result.error = str(error)
         return result
@@ -78,7 +81,7 @@ class Encoder:
         result.documents = len(rows)
         return rows
 
-    def _encode_key(self, block: Block, rows: list[tuple[int, dict[str, Any]]], key: str, result: Encoded) -> KeyTokens:
+    def _encode_key(self, block: Block, rows: list[tuple[int, dict[str, Any]]], key: str) -> KeyTokens:
         """Ids of one key of every row: sentences one by one where a row has a list, as Megatron-LM does."""
         sentences: list[str] = []
         counts: list[int] = []
@@ -88,7 +91,6 @@ class Encoder:
             sentences += texts
             counts.append(len(texts))
             origins += [number] * len(texts)
-        self._count(sentences, result)
         parts: list[Sequence[int]] = []
         lengths: list[int] = []
         sequences: list[int] = []
@@ -105,7 +107,8 @@ class Encoder:
                 lengths[-1] += 1
         arrays = [np.asarray(ids, dtype=self.dtype) for ids in parts]
         tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=self.dtype)
-        return KeyTokens(tokens, lengths, sequences)
+        letters = sum((count_letters(text) for text in sentences), no_letters())
+        return KeyTokens(tokens, lengths, sequences, sum(len(text.encode()) for text in sentences), letters)
 
     def _encode_texts(self, texts: list[str], origins: list[int], path: str) -> list[list[int]]:
         """One call for all texts; only when the tokenizer objects, one by one to find the line."""
@@ -118,12 +121,6 @@ class Encoder:
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{path}:{number}: {error}") from error
             raise
-
-    @staticmethod
-    def _count(texts: list[str], result: Encoded) -> None:
-        for text in texts:
-            result.text_bytes += len(text.encode())
-            result.letters += count_letters(text)
 
 
 def parse_line(line: bytes, place: str) -> dict[str, Any]:
@@ -171,6 +168,11 @@ def script_table() -> np.ndarray:
         table[first : last + 1] = 2
     table[ASTRAL_HAN] = 1
     return table
+
+
+def no_letters() -> np.ndarray:
+    """Zero counts in the form of :func:`count_letters`."""
+    return np.zeros(len(SCRIPTS) + 1, dtype=np.int64)
 
 
 def count_letters(text: str) -> np.ndarray:

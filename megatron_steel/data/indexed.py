@@ -160,8 +160,11 @@ class IndexedWriter:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         self._bin_path, self._idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
         self._bin_temporary, self._idx_temporary = Path(f"{self.prefix}.bin.tmp"), Path(f"{self.prefix}.idx.tmp")
-        self._bin_path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream: BinaryIO = open(self._bin_temporary, "wb")  # closed by commit or abort
+        try:
+            self._bin_path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream: BinaryIO = open(self._bin_temporary, "wb")  # closed by commit or abort
+        except OSError as error:
+            raise ValueError(f"{self._bin_path}: cannot be written: {error.strerror}") from error
         self._lengths, self._documents = array("i"), array("q", [0])
         self._hash = hashlib.sha256()
         self.num_tokens = 0

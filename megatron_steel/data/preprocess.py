@@ -11,21 +11,22 @@ import glob
 import gzip
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_steel.data.encode import SCRIPTS, Block, Encoded, Encoder
+from megatron_steel.data.encode import SCRIPTS, Block, Encoded, Encoder, no_letters
 from megatron_steel.data.indexed import IndexedWriter, optimal_dtype
 from megatron_steel.text.tokenizer import Tokenizer, build_tokenizer
 
@@ -53,25 +54,33 @@ class PreprocessOptions:
 
 
 @dataclass
-class Totals:
-    """Counts over the whole input."""
+class KeyTotals:
+    """Counts over the texts of one JSON key."""
 
-    documents: int = 0
-    blank_lines: int = 0
     text_bytes: int = 0
-    letters: np.ndarray = field(default_factory=lambda: np.zeros(len(SCRIPTS) + 1, dtype=np.int64))
-
-    def add(self, encoded: Encoded) -> None:
-        """Add one block's counts."""
-        self.documents += encoded.documents
-        self.blank_lines += encoded.blank_lines
-        self.text_bytes += encoded.text_bytes
-        self.letters += encoded.letters
+    letters: np.ndarray = field(default_factory=no_letters)
 
     def language_shares(self) -> dict[str, float]:
         """Share of letters by script: Chinese characters, ASCII letters, the rest. Digits and signs do not count."""
         letters = max(int(self.letters[1:].sum()), 1)
         return {name: round(int(count) / letters, 6) for name, count in zip(SCRIPTS, self.letters[1:], strict=True)}
+
+
+@dataclass
+class Totals:
+    """Counts over the whole input."""
+
+    by_key: dict[str, KeyTotals]
+    documents: int = 0
+    blank_lines: int = 0
+
+    def add(self, encoded: Encoded) -> None:
+        """Add one block's counts."""
+        self.documents += encoded.documents
+        self.blank_lines += encoded.blank_lines
+        for key, part in encoded.by_key.items():
+            self.by_key[key].text_bytes += part.text_bytes
+            self.by_key[key].letters += part.letters
 
 
 def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
@@ -86,7 +95,7 @@ def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
     )
     dtype = optimal_dtype(tokenizer.vocab_size)
     encoder = Encoder(tokenizer, options.json_keys, options.append_eod, dtype)
-    totals, reader = Totals(), InputReader(paths)
+    totals, reader = Totals({key: KeyTotals() for key in options.json_keys}), InputReader(paths)
     progress = Progress(reader, options.log_interval)
     with ExitStack() as stack:
         stack.callback(reader.close)
@@ -94,7 +103,8 @@ def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
             key: stack.enter_context(IndexedWriter(f"{options.output_prefix}_{key}_document", dtype))
             for key in options.json_keys
         }
-        for encoded in encode_blocks(reader.blocks(), encoder, options.workers):
+        results = stack.enter_context(closing(encode_blocks(reader.blocks(), encoder, options.workers)))
+        for encoded in results:
             if encoded.error:
                 raise ValueError(encoded.error)
             totals.add(encoded)
@@ -183,7 +193,7 @@ class InputReader:
             self._raw.close()
 
 
-def encode_blocks(blocks: Iterator[Block], encoder: Encoder, workers: int) -> Iterator[Encoded]:
+def encode_blocks(blocks: Iterator[Block], encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
     """Encode blocks with ``workers`` processes (this one when 1), results in the order of the blocks."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers alone says how many cores are used
     if workers == 1:
@@ -215,6 +225,8 @@ class Worker:
 def start_worker(encoder: Encoder, parent: int) -> None:
     """Set up a worker process: keep the encoder, and end when the main process is gone."""
     Worker.encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -247,7 +259,7 @@ class Progress:
         remaining = seconds * (self.reader.total_bytes - done) / max(done, 1)
         print(
             f"preprocess: {totals.documents} documents, {100 * done / max(self.reader.total_bytes, 1):.1f}% | "
-            f"{totals.documents / seconds:.0f} docs/s | {totals.text_bytes / seconds / 1e6:.2f} MB/s | "
+            f"{totals.documents / seconds:.0f} docs/s | {done / seconds / 1e6:.2f} MB/s | "
             f"ETA {time.strftime('%H:%M:%S', time.gmtime(remaining))}",
             file=sys.stderr,
             flush=True,
@@ -269,7 +281,8 @@ def check_written(paths: Sequence[Path], totals: Totals, writers: dict[str, Inde
 def describe(
     options: PreprocessOptions, tokenizer: Tokenizer, key: str, writer: IndexedWriter, totals: Totals
 ) -> dict[str, Any]:
-    """The sidecar of one dataset. Counts of text are over all keys of the run."""
+    """The sidecar of one dataset."""
+    counts = totals.by_key[key]
     return {
         "prefix": Path(writer.prefix).name,
         "json_key": key,
@@ -281,8 +294,8 @@ def describe(
         "dtype": str(writer.dtype),
         "documents": writer.num_documents,
         "tokens": writer.num_tokens,
-        "text_bytes": totals.text_bytes,
-        "language_shares": totals.language_shares(),
+        "text_bytes": counts.text_bytes,
+        "language_shares": counts.language_shares(),
         "rejected_lines": {"blank": totals.blank_lines},
         "bin_sha256": writer.bin_sha256(),
     }
