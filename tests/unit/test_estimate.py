@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,9 +81,7 @@ def test_known_sizes() -> None:
 TINY_LLAMA = ModelConfig(
     num_layers=22, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=32, num_query_groups=4, vocab_size=32000
 )
-OLMO2_1B = ModelConfig(
-    num_layers=18, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=16, vocab_size=100352
-)
+OLMO2_1B = ModelConfig(num_layers=18, hidden_size=2048, ffn_hidden_size=5632, num_attention_heads=16, vocab_size=100352)
 QWEN1_5_1_8B = ModelConfig(
     num_layers=24, hidden_size=2048, ffn_hidden_size=5504, num_attention_heads=16, vocab_size=151936
 )
@@ -178,7 +177,7 @@ def test_parts_of_a_split_model_make_the_whole() -> None:
 
 
 def test_pipeline_keeps_as_much_as_the_papers_say() -> None:
-    """First stage: L layers of activations with 1F1B, L (1 + (p - 1) / (p v)) interleaved (Korthikanti et al. 4.2.3)."""
+    """First stage: L layers of activations with 1F1B, L (1 + (p - 1) / (p v)) interleaved (Korthikanti 4.2.3)."""
     one = steel(pipeline_model_parallel_size=3)
     assert [estimate.layers_in_flight(one, 16, s) for s in range(3)] == [18, 12, 6]
     assert estimate.layers_in_flight(one, 1, 0) == 6
@@ -224,14 +223,49 @@ def test_run_time() -> None:
         run_time(1e8, 1e10, 8, 5e14, 40)
 
 
-def test_plan_and_tool_need_no_torch() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
-        "from tools.plan import main\n"
-        "main('--model steel_1b --seq-length 2048 --bf16 --gpus 8 --tokens 1e12'.split())"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "1,122,729,216" in result.stdout and "TFLOP" in result.stdout
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("torch", "megatron", "transformers"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+from tools.plan import main
+main(sys.argv[1:])
+"""
+
+
+def run_tool(*flags: str) -> subprocess.CompletedProcess[str]:
+    """tools/plan.py in an interpreter that has no torch."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+
+def test_tool_runs_without_torch() -> None:
+    flags = "--model steel_1b --seq-length 2048 --bf16 --gpus 8 --mfu 0.5 --tokens 1e12 --hour-price 2".split()
+    result = run_tool(*flags, "--micro-batch-size", "4", "--use-distributed-optimizer")
+    assert result.returncode == 0, result.stderr
+    rows = dict(line.split("  ", 1) for line in result.stdout.splitlines() if "  " in line and line[0] != " ")
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["parameters"] == "1,122,729,216 (vocabulary padded to 151,936)"
+    # 6 * (1,122,729,216 - embedding - norms and biases) + 12 * 18 * 1792 * 2048 = 5.8945 GFLOP
+    assert rows["FLOPs per token"] == "5.89 GFLOP full attention, 5.50 causal"
+    assert rows["tokens per second"].startswith("671,") and rows["time"].startswith("413.9 hours")
+    assert rows["cost"] == "6,622 at 2 an hour"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model steel_1b --mfu 0", "--mfu must be greater than 0"),
+        ("--model steel_tiny", "--vocab-size is needed here"),
+        ("--model llama3_8b --gpus 7 --tensor-model-parallel-size 4", "7 processes are not divisible"),
+    ],
+)
+def test_tool_explains_errors_in_one_line(flags: str, words: str) -> None:
+    result = run_tool(*flags.split())
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert words in result.stderr
 
 
 def test_training_defaults_are_enough() -> None:

@@ -168,7 +168,9 @@ def test_identity_reports_only_real_changes() -> None:
 )
 def test_identity_names_the_change(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        check_same_schedule(schedule_identity(OptimizerConfig(), 100), schedule_identity(OptimizerConfig(**change), 100))
+        check_same_schedule(
+            schedule_identity(OptimizerConfig(), 100), schedule_identity(OptimizerConfig(**change), 100)
+        )
 
 
 @settings(max_examples=60, deadline=None)
