@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_steel import __version__
+
 STATE_FILE = "state.json"
 FORMAT = 1
 
@@ -41,8 +43,8 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary with the versions that wrote it."""
-        names = ("torch", "megatron-core", "megatron_steel")
-        return {"format": FORMAT, "versions": {name: version(name) for name in names}, **asdict(self)}
+        versions = {name: version(name) for name in ("torch", "megatron-core")}
+        return {"format": FORMAT, "versions": {"megatron_steel": __version__, **versions}, **asdict(self)}
 
     @staticmethod
     def from_json(values: dict[str, Any], origin: str) -> TrainState:

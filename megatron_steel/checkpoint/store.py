@@ -20,16 +20,30 @@ from megatron_steel.runtime.world import World
 # The only layouts of sharded optimizer state that megatron-core 0.16.1 can write; this one loads on any TP x PP x DP.
 OPTIMIZER_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
+EXTRA_STATE = "_extra_state"
+
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the previous one is intact."""
 
 
+def chunk_names(model: Model) -> list[str]:
+    """Keys of this rank's chunks in a state dictionary: megatron-core's names for one and for several."""
+    count = len(model.chunks)
+    return ["model"] if count == 1 else [f"model{index}" for index in range(count)]
+
+
 def model_state(model: Model) -> dict[str, Any]:
-    """The sharded state of every chunk this rank holds, under megatron-core's names."""
-    bare = model.language_models()
-    names = ["model"] if len(bare) == 1 else [f"model{index}" for index in range(len(bare))]
-    return {name: module.sharded_state_dict() for name, module in zip(names, bare, strict=True)}
+    """The sharded state of every chunk this rank holds, under megatron-core's names.
+
+    Layers' extra state (scaling factors of FP8, pickled bytes) is left out: no precision here has any, and without it
+    checkpoints of all backends are the same and hold nothing that has to be unpickled.
+    """
+    state: dict[str, Any] = {}
+    for name, module in zip(chunk_names(model), model.language_models(), strict=True):
+        sharded = module.sharded_state_dict()
+        state[name] = {key: value for key, value in sharded.items() if not key.endswith(EXTRA_STATE)}
+    return state
 
 
 def together(world: World, what: str, work: Callable[[], Any]) -> Any:
@@ -107,11 +121,24 @@ def load_weights(checkpoint: Path, model: Model) -> None:
     assign(model, loaded)
 
 
+def allocate_moments(optimizer: ChainedOptimizer) -> None:
+    """Give a fresh torch AdamW its state: megatron-core's sharded optimizer reads a step count from it when loading."""
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Adam):
+            continue
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
 def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, state: TrainState, world: World) -> None:
     """Fill weights, optimizer and random state from a checkpoint of any layout.
 
     Random state is only restored on the number of ranks that wrote it; on another number the seeds decide.
     """
+    allocate_moments(optimizer)
     sharded = model_state(model)
     sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=OPTIMIZER_LAYOUT)
     loaded = dist_checkpointing.load(sharded, str(checkpoint))
@@ -123,10 +150,9 @@ def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, s
 
 def assign(model: Model, loaded: dict[str, Any]) -> None:
     """Load each chunk's state dictionary; every weight must be there."""
-    bare = model.language_models()
-    names = ["model"] if len(bare) == 1 else [f"model{index}" for index in range(len(bare))]
-    for name, module in zip(names, bare, strict=True):
-        module.load_state_dict(loaded[name], strict=True)
+    for name, module in zip(chunk_names(model), model.language_models(), strict=True):
+        missing, unexpected = module.load_state_dict(loaded[name], strict=False)
+        assert not unexpected and all(key.endswith(EXTRA_STATE) for key in missing), (missing, unexpected)
 
 
 def check_whole(checkpoint: Path, world: World) -> None:

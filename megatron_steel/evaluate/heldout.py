@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_steel.data.loader import Batch
+from megatron_steel.data.loader import Batch, valid_tokens
 from megatron_steel.model.build import Model
 from megatron_steel.objective.language import run_micro_batches, sum_over_ranks
 from megatron_steel.runtime.world import World
@@ -63,8 +63,8 @@ def evaluate(
         for batches in steps:
             outputs = run_micro_batches(model, batches, 1, seq_length, forward_only=True)
             if last:
-                sums[0] += sum(output["loss_sum"].double() for output in outputs)
-                sums[1] += sum(float(b.loss_mask_BS.sum()) for b in batches)
+                sums[0] += sum(output["loss_by_sample"].double().sum() for output in outputs)
+                sums[1] += valid_tokens(batches)
                 sums[2] += byte_count(batches, lengths)
     for chunk in model.chunks:
         chunk.train()

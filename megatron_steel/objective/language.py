@@ -13,28 +13,24 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_steel.data.loader import Batch
+from megatron_steel.data.loader import Batch, valid_tokens
 from megatron_steel.model.build import Model
 from megatron_steel.runtime.world import World
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-def masked_sum(losses_BS: Tensor, loss_mask_BS: Tensor) -> Tensor:
-    """Sum of the losses of the tokens that count, in fp32 (0-dim)."""
-    return (losses_BS.float() * loss_mask_BS).sum()
-
-
-def token_share(losses_BS: Tensor, loss_mask_BS: Tensor, step_tokens: int) -> LossOutput:
+def token_share(losses_BS: Tensor, batch: Batch, step_tokens: int) -> LossOutput:
     """A micro-batch's part of the mean loss over all ``step_tokens`` tokens of the step.
 
     The gradients of all parts are summed over micro-batches and replicas, so 1 x 8 and 8 x 1 give the same step by
     construction. megatron-core divides nothing (``calculate_per_token_loss``); the second value is for its own count,
-    which is not used.
+    which is not used. ``loss_by_sample`` [B] holds the sum over each sample's tokens.
     """
-    total = masked_sum(losses_BS, loss_mask_BS)
+    by_sample_B = (losses_BS.float() * batch.loss_mask_BS).sum(-1)
     # Schedules may scale the first value in place: what is reported must be its own tensor.
-    return total / step_tokens, torch.zeros((), dtype=torch.int), {"loss_sum": total.detach().clone()}
+    report = {"loss_by_sample": by_sample_B.detach().clone()}
+    return by_sample_B.sum() / step_tokens, torch.zeros((), dtype=torch.int), report
 
 
 def forward_step(step_tokens: int) -> Callable[[Iterator[Batch], Any], tuple[Tensor, Callable[[Tensor], LossOutput]]]:
@@ -46,7 +42,7 @@ def forward_step(step_tokens: int) -> Callable[[Iterator[Batch], Any], tuple[Ten
     def step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
         batch = next(batches)
         losses = model(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
-        return losses, partial(token_share, loss_mask_BS=batch.loss_mask_BS, step_tokens=step_tokens)
+        return losses, partial(token_share, batch=batch, step_tokens=step_tokens)
 
     return step
 
@@ -74,3 +70,16 @@ def sum_over_ranks(world: World, sums: Tensor) -> Tensor:
         if size > 1:
             torch.distributed.all_reduce(sums, group=group)
     return sums
+
+
+def count_tokens(world: World, batches: Sequence[Batch], equal_ranks: bool) -> int:
+    """Tokens of the whole step that count in the loss, over all replicas.
+
+    ``equal_ranks`` says that every replica has as many, which saves the question.
+    """
+    mine = valid_tokens(batches)
+    if equal_ranks or world.data_size == 1:
+        return mine * world.data_size
+    count = torch.tensor(mine, device=world.device)
+    torch.distributed.all_reduce(count, group=world.data_group)
+    return int(count.item())

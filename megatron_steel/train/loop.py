@@ -6,23 +6,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch import Tensor
 
 from megatron_steel.checkpoint import store
 from megatron_steel.checkpoint.state import TrainState
 from megatron_steel.config.schema import Config
-from megatron_steel.data.loader import TrainLoader, ValidLoader, valid_tokens
+from megatron_steel.data.loader import TrainLoader, ValidLoader
 from megatron_steel.evaluate.heldout import evaluate
 from megatron_steel.metrics.record import MetricRecorder
-from megatron_steel.metrics.sinks import Sink
+from megatron_steel.metrics.sinks import Sinks
 from megatron_steel.metrics.throughput import Throughput
 from megatron_steel.model.build import Model
+from megatron_steel.objective.language import count_tokens
 from megatron_steel.optim.schedule import learning_rate
 from megatron_steel.runtime import device
 from megatron_steel.runtime import world as runtime
-from megatron_steel.runtime.signals import StopSignal
+from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
 from megatron_steel.train.step import train_step
 
@@ -36,13 +39,17 @@ class Session:
     model: Model
     optimizer: ChainedOptimizer
     loader: TrainLoader
+    source_names: list[str]
+    """Sources of the ledger, in its order."""
+    loss_sums: Tensor
+    """Summed loss and tokens of each source since the last report, [sources, 2]."""
     valid_loaders: dict[str, ValidLoader]
     byte_lengths: np.ndarray
     state: TrainState
     recorder: MetricRecorder
     throughput: Throughput
-    sinks: list[Sink]
-    signals: StopSignal
+    sinks: Sinks
+    stop_request: StopRequest
     write_extras: Callable[[Path], None]
     started: float
     """``time.monotonic`` at the start of the job."""
@@ -54,7 +61,7 @@ def take_step(session: Session) -> None:
     """One optimizer step and its bookkeeping."""
     state, config = session.state, session.config
     batches = session.loader.step(state.consumed_samples)
-    step_tokens = runtime.sum_int(session.world, valid_tokens(batches))
+    step_tokens = count_tokens(session.world, batches, equal_ranks=not config.data.eod_mask_loss)
     lr = learning_rate(state.iteration, config.optimizer, config.training.train_iters)
     result = train_step(
         session.model,
@@ -65,53 +72,63 @@ def take_step(session: Session) -> None:
         lr,
         config.optimizer.weight_decay,
         config.optimizer.clip_grad,
+        len(session.source_names),
     )
-    assert config.training.global_batch_size is not None
     state.iteration += 1
-    state.consumed_samples += config.training.global_batch_size
+    state.consumed_samples += session.loader.layout.global_batch_size
     state.consumed_tokens += step_tokens
     state.skipped_iterations += not result.updated
-    session.throughput.step(config.training.global_batch_size * config.training.seq_length)
-    record = session.recorder.record
-    record("loss", result.loss, "mean")
-    record("grad_norm", result.grad_norm, "last")
-    record("lr", lr, "last")
-    record("nan_iterations", int(not result.updated), "sum")
+    session.loss_sums += result.loss_sums
+    session.recorder.record("grad_norm", result.grad_norm, "last")
+    session.recorder.record("lr", lr, "last")
+    session.recorder.record("nan_iterations", int(not result.updated), "sum")
+
+
+def mean_losses(session: Session) -> dict[str, Any]:
+    """Mean loss per token since the last report, over all sources and for each that was drawn from."""
+    sums = session.loss_sums.tolist()
+    session.loss_sums.zero_()
+    by_source = {
+        name: loss / tokens for name, (loss, tokens) in zip(session.source_names, sums, strict=True) if tokens
+    }
+    return {"loss": sum(row[0] for row in sums) / sum(row[1] for row in sums), "loss_by_source": by_source}
 
 
 def report(session: Session) -> None:
     """Write one row of training metrics to every sink."""
     state = session.state
-    row = {
-        "iteration": state.iteration,
-        "consumed_samples": state.consumed_samples,
-        "consumed_tokens": state.consumed_tokens,
-        **session.recorder.flush(state.iteration),
-        **session.throughput.report(session.config.training.train_iters - state.iteration),
-        "skipped_iterations": state.skipped_iterations,
-        "peak_memory_bytes": device.peak_memory_bytes(),
-    }
-    for sink in session.sinks:
-        sink.write(row)
+    session.sinks.write(
+        {
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            **mean_losses(session),
+            **session.recorder.flush(state.iteration),
+            **session.throughput.lap(state.iteration),
+            "skipped_iterations": state.skipped_iterations,
+            "peak_memory_bytes": device.peak_memory_bytes(),
+        }
+    )
 
 
 def evaluate_all(session: Session) -> None:
     """Score every validation set and write one row for each."""
-    for name, loader in session.valid_loaders.items():
-        scores = evaluate(
-            session.model, loader, session.byte_lengths, session.config.training.seq_length, session.world
-        )
-        row = {
-            "iteration": session.state.iteration,
-            "split": "valid",
-            "name": name,
-            "loss": scores.loss,
-            "perplexity": scores.perplexity,
-            "bits_per_byte": scores.bits_per_byte,
-            "tokens": scores.tokens,
-        }
-        for sink in session.sinks:
-            sink.write(row)
+    with session.throughput.pause():
+        for name, loader in session.valid_loaders.items():
+            scores = evaluate(
+                session.model, loader, session.byte_lengths, session.config.training.seq_length, session.world
+            )
+            session.sinks.write(
+                {
+                    "iteration": session.state.iteration,
+                    "split": "valid",
+                    "name": name,
+                    "loss": scores.loss,
+                    "perplexity": scores.perplexity,
+                    "bits_per_byte": scores.bits_per_byte,
+                    "tokens": scores.tokens,
+                }
+            )
 
 
 def save(session: Session) -> None:
@@ -120,7 +137,7 @@ def save(session: Session) -> None:
     if options.save is None or session.last_saved == state.iteration:
         return
     state.world_size = session.world.size
-    with session.throughput.paused():
+    with session.throughput.pause():
         store.save(
             Path(options.save),
             session.model,
@@ -138,8 +155,8 @@ def reason_to_stop(session: Session) -> str | None:
     training = session.config.training
     minutes = (time.monotonic() - session.started) / 60
     late = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
-    if runtime.agree(session.world, session.signals.received is not None or late):
-        return "time is up" if late else "signal received"
+    if runtime.agree(session.world, bool(session.stop_request) or late):
+        return "time is up" if late else "a signal asked for it"
     if training.exit_interval and session.state.iteration % training.exit_interval == 0:
         return "exit interval reached"
     return None
@@ -153,15 +170,13 @@ def due(iteration: int, interval: int | None) -> bool:
 def train(session: Session) -> str:
     """Repeat until the last iteration or a reason to stop; saves before it returns the reason."""
     config, state = session.config, session.state
-    session.throughput.start()
     while state.iteration < config.training.train_iters:
         take_step(session)
         if due(state.iteration, config.logging.log_interval) or state.iteration == config.training.train_iters:
             report(session)
         reason = reason_to_stop(session)
         if reason is None and due(state.iteration, config.logging.eval_interval):
-            with session.throughput.paused():
-                evaluate_all(session)
+            evaluate_all(session)
         if reason is not None or due(state.iteration, config.checkpoint.save_interval):
             save(session)
         if reason is not None:

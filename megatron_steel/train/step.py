@@ -20,20 +20,22 @@ from megatron_steel.runtime.world import World
 class StepResult:
     """What one optimizer step did; the same on every rank."""
 
-    loss: Tensor
-    """Mean loss per token of the step (0-dim, fp32, on the device)."""
+    loss_sums: Tensor
+    """Summed loss and trained tokens of each source, [sources, 2] float64 on the device."""
     grad_norm: float
     """Global gradient norm before clipping."""
     updated: bool
     """False when the gradient was not finite and the weights were left alone."""
 
 
-def mean_loss(world: World, outputs: Sequence[dict[str, Tensor]], step_tokens: int) -> Tensor:
-    """The step's mean loss per token on every rank, from the last stage's sums."""
-    total = torch.zeros((), device=world.device)
-    for output in outputs:
-        total += output["loss_sum"]
-    return sum_over_ranks(world, total) / step_tokens
+def sum_losses(world: World, outputs: Sequence[dict[str, Tensor]], batches: Sequence[Batch], sources: int) -> Tensor:
+    """Summed loss and trained tokens of each source over the whole step, [sources, 2] on every rank."""
+    sums = torch.zeros(sources, 2, dtype=torch.float64, device=world.device)
+    for output, batch in zip(outputs, batches, strict=False):
+        source_B = torch.from_numpy(batch.sources_B).to(world.device)
+        by_sample = torch.stack((output["loss_by_sample"], batch.loss_mask_BS.sum(-1)), -1)
+        sums.index_add_(0, source_B, by_sample.double())
+    return sum_over_ranks(world, sums)
 
 
 def train_step(
@@ -45,11 +47,13 @@ def train_step(
     lr: float,
     weight_decay: float,
     clip_grad: float,
+    sources: int,
 ) -> StepResult:
     """Forward, backward, reduce, clip, update.
 
     ``step_tokens`` counts the tokens of the whole step over all replicas; it is known before the first forward pass,
-    so the gradient is that of the mean over them whatever the micro-batches and replicas.
+    so the gradient is that of the mean over them whatever the micro-batches and replicas. ``sources`` is the number of
+    data sources the losses are told apart by.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -57,4 +61,5 @@ def train_step(
     outputs = run_micro_batches(model, batches, step_tokens, batches[0].tokens_BS.shape[1], forward_only=False)
     set_rates(optimizer, lr, weight_decay)
     grad_norm, updated = update(optimizer, clip_grad)
-    return StepResult(loss=mean_loss(world, outputs, step_tokens), grad_norm=grad_norm, updated=updated)
+    loss_sums = sum_losses(world, outputs, batches, sources)
+    return StepResult(loss_sums=loss_sums, grad_norm=grad_norm, updated=updated)

@@ -1,0 +1,158 @@
+"""The one place where all rooms meet: build each part from the configuration, train, close."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_steel.checkpoint import store
+from megatron_steel.checkpoint.hf import TOKENIZER_FOLDER
+from megatron_steel.config.check import padded_vocab_size, virtual_chunks
+from megatron_steel.config.load import expand_model, to_flat
+from megatron_steel.config.schema import Config
+from megatron_steel.data.loader import TrainLoader, ValidLoader
+from megatron_steel.metrics.record import MetricRecorder
+from megatron_steel.metrics.sinks import Sinks, open_sinks
+from megatron_steel.metrics.throughput import Throughput
+from megatron_steel.model.build import Model, build_model
+from megatron_steel.optim.optimizer import build_optimizer
+from megatron_steel.plan.estimate import flops_per_token
+from megatron_steel.runtime import device
+from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.signals import StopRequest
+from megatron_steel.runtime.world import World
+from megatron_steel.train.loop import Session, train
+from megatron_steel.train.prepare import Prepared
+
+
+def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
+    """The first lines of a log: machine, backend, sizes, data, warnings, all options."""
+    config, state = prepared.config, prepared.state
+    total = sum(p.numel() for module in model.language_models() for p in module.parameters())
+    lines = [world.one_line(), f"layers: {model.backend} ({model.backend_reason}), {total:,} parameters on this rank"]
+    if config.model:
+        lines.append(f"--model {config.model} stands for: {' '.join(expand_model(config))}")
+    left = config.training.train_iters - state.iteration
+    total_samples = state.consumed_samples + left * (config.training.global_batch_size or 1)
+    for row in prepared.ledger.epoch_table(total_samples):
+        lines.append(
+            f"data: {row.name}: share {row.share:.4f}, {row.windows:,} windows, "
+            f"{row.samples:,} samples = {row.epochs:.3f} epochs by the end of the run"
+        )
+    for name, dataset in prepared.valid_sets.items():
+        lines.append(f"validation: {name}: {len(dataset):,} windows")
+    if prepared.checkpoint is not None:
+        what = "weights" if prepared.weights_only else f"iteration {state.iteration}"
+        lines.append(f"starting from {prepared.checkpoint} ({what})")
+    lines += [f"warning: {line}" for line in prepared.warnings]
+    lines.append("options: " + ", ".join(f"{key}={value}" for key, value in to_flat(config).items()))
+    return lines
+
+
+def loader_options(config: Config, world: World, eod_id: int | None) -> dict[str, Any]:
+    """What the training and validation loaders need to know about this rank."""
+    training = config.training
+    assert training.global_batch_size is not None
+    per_pass = training.micro_batch_size * world.data_size
+    return {
+        "micro_batch_size": training.micro_batch_size,
+        "num_microbatches": training.global_batch_size // per_pass,
+        "data_parallel_rank": world.data_rank,
+        "data_parallel_size": world.data_size,
+        "tensor_group": world.tensor_group,
+        "reads_data": world.pipeline_rank in (0, world.pipeline_size - 1),
+        "device": world.device,
+        "eod_id": eod_id,
+        "eod_mask_loss": config.data.eod_mask_loss,
+    }
+
+
+def build_throughput(config: Config, world: World, vocab_size: int, iteration: int) -> Throughput:
+    """The stopwatch of this run; measures a matrix product where no data sheet gives the device's peak."""
+    training, size = config.training, config.size
+    padded = padded_vocab_size(vocab_size, size.make_vocab_size_divisible_by, world.tensor_size)
+    peak, _ = device.peak_flops(torch.bfloat16 if training.bf16 else torch.float32)
+    assert training.global_batch_size is not None
+    return Throughput(
+        flops_per_token=flops_per_token(size, training.seq_length, padded),
+        tokens_per_step=training.global_batch_size * training.seq_length,
+        devices=world.size,
+        peak_flops=peak,
+        train_iters=training.train_iters,
+        iteration=iteration,
+    )
+
+
+def build_session(prepared: Prepared, world: World, stop_request: StopRequest, started: float) -> Session:
+    """Build model, optimizer, loaders and sinks, and load the checkpoint."""
+    config, state = prepared.config, prepared.state
+    model = build_model(config, state.vocab_size, world)
+    optimizer = build_optimizer(config, model)
+    if prepared.checkpoint is not None:
+        store.check_whole(prepared.checkpoint, world)
+        if prepared.weights_only:
+            store.load_weights(prepared.checkpoint, model)
+            optimizer.reload_model_params()
+        else:
+            store.load_training(prepared.checkpoint, model, optimizer, state, world)
+    if world.rank == 0:
+        print("\n".join(describe(prepared, model, world)), flush=True)
+    options = loader_options(config, world, prepared.tokenizer.eos_id)
+    samples = config.logging.eval_iters * (config.training.global_batch_size or 1)
+    sources = prepared.ledger.sources
+    return Session(
+        config=config,
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        loader=TrainLoader(prepared.ledger, prepared.datasets, **options),
+        source_names=[source.name for source in sources],
+        loss_sums=torch.zeros(len(sources), 2, dtype=torch.float64, device=world.device),
+        valid_loaders={
+            name: ValidLoader(dataset, max_samples=samples, **options) for name, dataset in prepared.valid_sets.items()
+        },
+        byte_lengths=prepared.tokenizer.byte_lengths(),
+        state=state,
+        recorder=MetricRecorder(device=world.device),
+        throughput=build_throughput(config, world, state.vocab_size, state.iteration),
+        sinks=open_sinks(config, state.iteration) if world.rank == 0 else Sinks([]),
+        stop_request=stop_request,
+        write_extras=lambda folder: prepared.tokenizer.save(folder / TOKENIZER_FOLDER),
+        started=started,
+        last_saved=state.iteration if prepared.checkpoint is not None and not prepared.weights_only else -1,
+    )
+
+
+def run(prepared: Prepared) -> int:
+    """Train to the end or to a reason to stop; returns the process's exit code.
+
+    Whatever goes wrong is printed with its traceback and gives 1; other ranks are not waited for then.
+    """
+    started = time.monotonic()
+    config = prepared.config
+    world = runtime.start(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_chunks(config),
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+        seed=config.data.seed,
+    )
+    try:
+        with StopRequest() as stop_request:
+            session = build_session(prepared, world, stop_request, started)
+            with session.loader:
+                reason = train(session)
+            session.sinks.close()
+    except Exception:
+        traceback.print_exc()
+        runtime.stop(world, failed=True)
+        return 1
+    if world.rank == 0:
+        where = f", saved in {Path(config.checkpoint.save)}" if config.checkpoint.save else ""
+        print(f"stopped at iteration {session.state.iteration}: {reason}{where}", flush=True)
+    runtime.stop(world, failed=False)
+    return 0
