@@ -1,0 +1,27 @@
+"""What every test shares: megatron-core made to run on this machine, and ranks for distributed tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_steel.runtime import cpu
+
+# Before any test module is imported: many of them import megatron.core.
+cpu.install()
+
+# tests/ is no package; the directory is needed to import the pool from every kind of test.
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+
+from pool import WorkerPool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[WorkerPool]:
+    """Ranks for ``pool.run(world_size, function, *args)``; started at the first use, reused by all tests."""
+    workers = WorkerPool()
+    yield workers
+    workers.close()
