@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_steel.config.check import check, data_parallel_size, padded_vocab_size
-from megatron_steel.config.load import parse, user_errors
-from megatron_steel.config.schema import Config
-from megatron_steel.plan import estimate
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
+
+from megatron_steel.config.check import check, data_parallel_size, padded_vocab_size  # noqa: E402
+from megatron_steel.config.load import parse, user_errors  # noqa: E402
+from megatron_steel.config.schema import Config  # noqa: E402
+from megatron_steel.plan import estimate  # noqa: E402
 
 GIB = 2**30
 

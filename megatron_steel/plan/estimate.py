@@ -137,17 +137,17 @@ def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> int:
 
 
 def layer_activation_bytes(config: Config, tokens: int) -> int:
-    """Bytes one layer keeps for the backward pass of ``tokens`` tokens on one rank, nothing recomputed.
+    """Bytes one layer keeps for the backward pass of ``tokens`` tokens on one GPU, nothing recomputed.
 
     Per token, in elements: norm inputs and outputs 4 H (whole on each tensor-parallel rank unless sequence-parallel);
-    query and attention output, key and value; gate, up, activated gate and their product 4 F; normed query and key
-    once more where they have a norm; plus fp32 log-sum-exp per head, and one byte per dropout mask element.
+    output of the fused query-key-value projection (value is a view of it), rotated query and key, attention output;
+    query before its norm where it has one; gate and up 2 F and the product that enters the last projection F. Plus
+    fp32 log-sum-exp per head, and one byte per dropout mask element. Without fused SwiGLU (CPU) there are 2 F more.
     """
     model, tensor = config.size, config.parallel.tensor_model_parallel_size
     element = 2 if config.training.bf16 else 4
-    split = 2 * query_width(model) + 2 * key_width(model) + 4 * model.ffn_hidden_size
-    if model.qk_layernorm:
-        split += query_width(model) + key_width(model)
+    queries = 4 if model.qk_layernorm else 3
+    split = queries * query_width(model) + 3 * key_width(model) + 3 * model.ffn_hidden_size
     residual = 4 * model.hidden_size * element + (2 * model.hidden_size if model.hidden_dropout else 0)
     whole = tensor if config.parallel.sequence_parallel else 1
     return tokens * (split * element + 4 * model.num_attention_heads) // tensor + tokens * residual // whole
@@ -178,8 +178,8 @@ def stage_memory(
     # Two fp32 moments, and an fp32 copy of bf16 weights.
     state = parameters * (12 if training.bf16 else 8)
     tokens = training.seq_length * micro_batch_size
-    edges = int(stage == 0) + 2 * int(last)  # embedding output; input and output of the last norm
-    edge = tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)
+    # Input and output of the last norm.
+    final_norm = 2 * tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)
     # The loss reuses fp32 logits for the softmax and its gradient; bf16 logits live beside their fp32 copy.
     logits = tokens * padded_vocab_size // tensor * (6 if training.bf16 else 4)
     layers = layers_in_flight(config, micro_batches, stage)
@@ -187,7 +187,7 @@ def stage_memory(
         weights=parameters * element,
         gradients=parameters * 4,
         optimizer=-(-state // replicas) if parallel.use_distributed_optimizer else state,
-        activations=layers * layer_activation_bytes(config, tokens) + edges * edge,
+        activations=layers * layer_activation_bytes(config, tokens) + final_norm * int(last),
         logits=logits if last else 0,
     )
 

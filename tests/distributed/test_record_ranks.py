@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
-import torch.multiprocessing
+from pool import WorkerPool
 
 from megatron_steel.metrics.record import MetricRecorder
 
 
-def work(rank: int, folder: str) -> None:
-    """Record on two ranks in different order and number; check the result on both."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    group = torch.distributed.group.WORLD
-    calls: list[str] = []
+def work() -> tuple[dict[str, float], dict[str, float], int]:
+    """Record on two ranks in different order and number; two rows and the number of collectives."""
+    rank, calls = torch.distributed.get_rank(), 0
     reduce = torch.distributed.all_reduce
 
     def counted(*args: object, **options: object) -> object:
-        calls.append("all_reduce")
+        nonlocal calls
+        calls += 1
         return reduce(*args, **options)
 
     torch.distributed.all_reduce = counted
-    recorder = MetricRecorder(group)
+    recorder = MetricRecorder(torch.distributed.group.WORLD)
     if rank == 0:
         recorder.record("loss", torch.tensor(1.0))
         recorder.record("loss", 2.0)
@@ -36,21 +34,16 @@ def work(rank: int, folder: str) -> None:
         recorder.record("tokens", torch.tensor(5), "sum")
         recorder.record("loss", 6.0)
     recorder.record("lr", 0.5 + rank, "last")
-    row = recorder.flush(3)
-    assert row == {
-        "iteration": 3,
-        "loss": 3.0,
-        "tokens": 15.0,
-        "memory": 7.0,
-        "broken": math.inf,
-        "lr": 0.5 + rank,
-    }, row
-    assert len(calls) == 2, calls
+    first = recorder.flush(3)
     recorder.record("loss", float(rank))
-    assert recorder.flush(4) == {"iteration": 4, "loss": 0.5}
-    assert len(calls) == 3, calls
-    torch.distributed.destroy_process_group()
+    second = recorder.flush(4)
+    torch.distributed.all_reduce = reduce
+    return first, second, calls
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+def test_two_ranks(pool: WorkerPool) -> None:
+    for rank, (first, second, calls) in enumerate(pool.run(2, work)):
+        reduced = {"loss": 3.0, "tokens": 15.0, "memory": 7.0, "broken": math.inf}
+        assert first == {"iteration": 3, "lr": 0.5 + rank, **reduced}
+        assert second == {"iteration": 4, "loss": 0.5}
+        assert calls == 3  # sums and maxima, then sums only

@@ -1,0 +1,82 @@
+"""The activation formula of plan/estimate.py against the tensors a real model keeps for its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from pool import WorkerPool
+
+from megatron_steel.config.schema import Config, ModelConfig, TrainingConfig
+from megatron_steel.model.build import build_model
+from megatron_steel.plan.estimate import layer_activation_bytes, memory_per_rank
+from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.world import World
+
+BATCH, LENGTH, VOCABULARY = 4, 128, 1024
+
+
+def configuration(layers: int, bf16: bool, **switches: object) -> Config:
+    """A small model with a head width and a feed-forward width that no other size equals."""
+    size = ModelConfig(
+        num_layers=layers,
+        hidden_size=192,
+        ffn_hidden_size=640,
+        num_attention_heads=8,
+        num_query_groups=2,
+        vocab_size=VOCABULARY,
+        **switches,
+    )
+    training = TrainingConfig(seq_length=LENGTH, micro_batch_size=BATCH, global_batch_size=BATCH, bf16=bf16)
+    return Config(size=size, training=training)
+
+
+def kept_bytes(configs: Sequence[Config]) -> list[int]:
+    """:func:`kept_by_one` of several models, in a world of one rank."""
+    world = runtime.start()
+    kept = [kept_by_one(config, world) for config in configs]
+    runtime.stop(world, failed=False)
+    return kept
+
+
+def kept_by_one(config: Config, world: World) -> int:
+    """Bytes of the distinct storages that a forward pass with loss saves, parameters aside."""
+    model = build_model(config, VOCABULARY, world).language_models()[0]
+    parameters = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in parameters:
+            kept[address] = tensor
+        return tensor
+
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    positions = torch.arange(LENGTH).repeat(BATCH, 1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, positions, None, labels=ids)
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"model_family": "llama"},
+        {"model_family": "qwen2", "add_qkv_bias": True},
+        {"model_family": "qwen3", "qk_layernorm": True, "kv_channels": 32},
+    ],
+)
+def test_a_layer_keeps_what_the_formula_says(pool: WorkerPool, bf16: bool, switches: dict[str, object]) -> None:
+    configs = [configuration(layers, bf16, **switches) for layers in (2, 4)]
+    [(two, four)] = pool.run(1, kept_bytes, configs, join=False)
+    config, tokens = configs[1], BATCH * LENGTH
+    element = 2 if bf16 else 4
+    unfused = 2 * config.size.ffn_hidden_size * element * tokens  # SwiGLU is fused on GPUs only
+    assert (four - two) / 2 - unfused == pytest.approx(layer_activation_bytes(config, tokens), rel=0.02)
+
+    memory = memory_per_rank(config, VOCABULARY, 1)
+    logits = tokens * VOCABULARY * 4  # their bf16 copy is gone after the forward pass
+    assert four - 4 * unfused - logits == pytest.approx(memory.activations, rel=0.02)
