@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel import __version__
+from megatron_steel.text.tokenizer import DESCRIPTION_FILE, Tokenizer, build_tokenizer
 
 STATE_FILE = "state.json"
+TOKENIZER_FOLDER = "tokenizer"
 FORMAT = 1
 
 
@@ -63,3 +65,12 @@ def read_state(checkpoint: Path) -> TrainState:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as checkpoint state ({error})") from error
     return TrainState.from_json(values, str(path))
+
+
+def load_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer inside a checkpoint; ``ValueError`` when it was saved or imported without one."""
+    folder = checkpoint / TOKENIZER_FOLDER
+    if not (folder / DESCRIPTION_FILE).is_file():
+        raise ValueError(f"{checkpoint} holds no tokenizer; it was saved or imported without one")
+    kind = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))["tokenizer_type"]
+    return build_tokenizer(kind, str(folder))

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
+from megatron_steel.checkpoint.state import load_tokenizer
+from megatron_steel.checkpoint.verify import load_for_inference
 from megatron_steel.model.build import Model
 from megatron_steel.runtime.world import World
 
@@ -134,3 +137,19 @@ def generate(
         if bool(done.all()):
             break
     return [tokens[row, lengths[row] : int(final[row])].tolist() for row in range(batch)]
+
+
+class TextGenerator:
+    """Texts in, texts out, with the model and the tokenizer of a checkpoint."""
+
+    def __init__(self, checkpoint: Path, world: World) -> None:
+        """Load on the layout of ``world``; ``ValueError`` when the checkpoint holds no tokenizer."""
+        self.world = world
+        self.tokenizer = load_tokenizer(checkpoint)
+        self.model, _ = load_for_inference(checkpoint, world)
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """The continuation of each prompt; an empty prompt starts a new document."""
+        stops = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eod_id] for prompt in prompts]
+        return [self.tokenizer.decode(row) for row in generate(self.model, ids, sampling, stops, self.world)]

@@ -7,14 +7,20 @@ those tokens stand for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_steel.data.loader import Batch, valid_tokens
+from megatron_steel.checkpoint.state import load_tokenizer, read_state
+from megatron_steel.checkpoint.verify import load_for_inference
+from megatron_steel.data.loader import Batch, ValidLoader, valid_tokens
+from megatron_steel.data.sources import TokenizerFacts, open_indexed, parse_valid_data_path
+from megatron_steel.data.windows import WindowedDataset
 from megatron_steel.model.build import Model
 from megatron_steel.objective.language import run_micro_batches, sum_over_ranks
 from megatron_steel.runtime.world import World
@@ -40,6 +46,16 @@ class HeldOutResult:
     def bits_per_byte(self) -> float:
         """Total loss in bits over the bytes scored."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def as_row(self) -> dict[str, Any]:
+        """The scores under the names of metrics.jsonl."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
 
 
 def byte_count(batches: Iterable[Batch], byte_lengths: Tensor) -> int:
@@ -70,3 +86,43 @@ def evaluate(
         chunk.train()
     total, tokens, read = sum_over_ranks(world, sums).tolist()
     return HeldOutResult(loss=total / max(tokens, 1), tokens=int(tokens), bytes=int(read))
+
+
+def score_checkpoint(
+    checkpoint: Path,
+    valid_data_path: Sequence[str],
+    world: World,
+    *,
+    seq_length: int | None,
+    micro_batch_size: int,
+    max_samples: int | None,
+) -> dict[str, HeldOutResult]:
+    """Score a checkpoint on named sets (NAME=PREFIX or PREFIX) on the layout of ``world``.
+
+    Raises ``ValueError`` for data that is missing or was encoded with another tokenizer.
+    """
+    state = read_state(checkpoint)
+    length = seq_length or int(state.config["seq_length"])
+    tokenizer = load_tokenizer(checkpoint)
+    facts = TokenizerFacts(tokenizer.fingerprint(), tokenizer.vocab_size)
+    sets = {
+        name: WindowedDataset(prefix, length, shuffle_documents=False, reader=open_indexed(prefix, facts))
+        for name, prefix in parse_valid_data_path(valid_data_path)
+    }
+    model, _ = load_for_inference(checkpoint, world)
+    results = {}
+    for name, dataset in sets.items():
+        loader = ValidLoader(
+            dataset,
+            max_samples=max_samples,
+            micro_batch_size=micro_batch_size,
+            num_microbatches=1,
+            data_parallel_rank=world.data_rank,
+            data_parallel_size=world.data_size,
+            tensor_group=world.tensor_group,
+            reads_data=world.pipeline_rank in (0, world.pipeline_size - 1),
+            device=world.device,
+            eod_id=tokenizer.eos_id,
+        )
+        results[name] = evaluate(model, loader, tokenizer.byte_lengths(), length, world)
+    return results

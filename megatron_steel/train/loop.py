@@ -118,17 +118,8 @@ def evaluate_all(session: Session) -> None:
             scores = evaluate(
                 session.model, loader, session.byte_lengths, session.config.training.seq_length, session.world
             )
-            session.sinks.write(
-                {
-                    "iteration": session.state.iteration,
-                    "split": "valid",
-                    "name": name,
-                    "loss": scores.loss,
-                    "perplexity": scores.perplexity,
-                    "bits_per_byte": scores.bits_per_byte,
-                    "tokens": scores.tokens,
-                }
-            )
+            head = {"iteration": session.state.iteration, "split": "valid", "name": name}
+            session.sinks.write({**head, **scores.as_row()})
 
 
 def save(session: Session) -> None:
