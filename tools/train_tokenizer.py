@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout thi
 
 END = "<|endoftext|>"
 SPECIAL_TOKENS = [END, "<|im_start|>", "<|im_end|>"]
-# Words keep one leading space, digits stand alone, Chinese runs are cut by the merges themselves.
+# Words keep one leading space, digits stand alone, Chinese runs are cut by the merges themselves. This split and NFC
+# are Qwen2's: transformers puts them in place of a tokenizer's own beside a config.json of model_type qwen2.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,7 +45,7 @@ def read_texts(paths: Sequence[str], key: str) -> Iterator[str]:
 
 def train(texts: Sequence[str], vocab_size: int, output: Path) -> int:
     """Train, write ``tokenizer.json`` and ``tokenizer_config.json``, and return the vocabulary's size."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     from megatron_steel.text.tokenizer import write_atomic, write_json
 
@@ -52,6 +53,7 @@ def train(texts: Sequence[str], vocab_size: int, output: Path) -> int:
     if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
         raise ValueError(f"--vocab-size {vocab_size}: at least {len(alphabet) + len(SPECIAL_TOKENS)} for bytes alone")
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),

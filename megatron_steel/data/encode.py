@@ -52,7 +52,7 @@ class Encoded:
 class Encoder:
     """Encodes blocks with one tokenizer; built once per process."""
 
-    def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool, dtype: np.dtype) -> None:
+    def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool, dtype: np.dtype[Any]) -> None:
         self.tokenizer, self.json_keys, self.dtype = tokenizer, tuple(json_keys), dtype
         self.eod = [tokenizer.eod_id] if append_eod else []
 
@@ -129,10 +129,10 @@ def parse_line(line: bytes, place: str) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8 (byte {error.start + 1} of the line)") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        parsed = isinstance(error, json.JSONDecodeError)
-        reason = f"{error.msg} at column {error.colno}" if parsed else "nested too deep"
-        raise ValueError(f"{place}: malformed JSON: {reason}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: malformed JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: malformed JSON: nested too deep") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: each line must be a JSON object, not {type(row).__name__}")
     return row

@@ -22,14 +22,14 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 # Token ids are stored as one of these; the other codes of the format (floats, signed bytes) are not token data.
-TOKEN_DTYPES = {4: np.dtype(np.int32), 5: np.dtype(np.int64), 8: np.dtype(np.uint16)}
+TOKEN_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 5: np.dtype(np.int64), 8: np.dtype(np.uint16)}
 # Megatron-LM's limit (DType.optimal_dtype), a little under 2**16.
 UINT16_VOCABULARY = 65500
 FINGERPRINT_WINDOW = 1 << 16
 CHECK_CHUNK = 1 << 20
 
 
-def optimal_dtype(vocab_size: int) -> np.dtype:
+def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
     """Storage of ids below ``vocab_size``: uint16 where Megatron-LM uses it, else int32."""
     return np.dtype(np.uint16) if vocab_size < UINT16_VOCABULARY else np.dtype(np.int32)
 
@@ -155,7 +155,7 @@ class IndexedWriter:
     index last: a dataset with an index is complete. Use as a context manager: leaving without commit aborts.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype) -> None:
+    def __init__(self, prefix: str, dtype: np.dtype[Any]) -> None:
         assert np.dtype(dtype) in TOKEN_DTYPES.values(), f"{dtype} is not a token dtype"
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         self._bin_path, self._idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")

@@ -291,6 +291,7 @@ def describe(
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eos_id,
         "append_eod": options.append_eod,
+        "include_special_tokens": options.include_special_tokens,
         "dtype": str(writer.dtype),
         "documents": writer.num_documents,
         "tokens": writer.num_tokens,

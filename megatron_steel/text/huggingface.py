@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
         state = json.loads(self._backend.to_str())
         parts = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
         decisive = {part: without_defaults(state.get(part)) for part in parts}
-        decisive["special"] = [self.bos_id, self.eos_id, self._include_special_tokens]
+        decisive["special"] = [self.bos_id, self.eos_id]
         return digest(self.name.encode(), json.dumps(decisive, sort_keys=True).encode())
 
     def save_files(self, directory: Path) -> None:
@@ -177,9 +177,13 @@ def step_types(step: dict[str, Any] | None) -> set[str]:
 
 
 def without_defaults(value: Any) -> Any:
-    """Drop keys that are None or false, so that a new library version's unused settings do not change a fingerprint."""
+    """Drop settings that do not decide ids: unset ones, which differ between versions, and those about offsets."""
     if isinstance(value, dict):
-        return {key: without_defaults(item) for key, item in value.items() if item is not None and item is not False}
+        return {
+            key: without_defaults(item)
+            for key, item in value.items()
+            if key != "trim_offsets" and item is not None and item is not False and item != ""
+        }
     if isinstance(value, list):
         return [without_defaults(item) for item in value]
     return value

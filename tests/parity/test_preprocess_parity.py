@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,8 @@ def preprocess(corpus: Path, tokenizer: tuple[str, str], prefix: Path, workers: 
     """Run the tool and return the dataset's prefix."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(corpus)]
     command += ["--output-prefix", str(prefix), "--tokenizer-type", tokenizer[0], "--tokenizer-model", tokenizer[1]]
-    subprocess.run([*command, "--workers", str(workers), *flags], check=True, capture_output=True, timeout=120)
+    done = subprocess.run([*command, "--workers", str(workers), *flags], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
     return prefix.with_name(prefix.name + "_text_document")
 
 
@@ -104,6 +106,42 @@ def test_sentencepiece_bytes_equal_megatron_core_for_any_worker_count(
             assert_same_bytes(
                 preprocess(corpus, sentencepiece_tokenizer, prefix, workers, *([flag] if flag else [])), expected
             )
+
+
+@pytest.mark.parametrize("through_transformers", [False, True])
+def test_tokens_a_tokenizer_adds_itself_are_kept_unless_told_otherwise(
+    through_transformers: bool, tmp_path: Path
+) -> None:
+    """Megatron-LM stores ``tokenizer(text).input_ids``; --tokenizer-hf-no-include-special-tokens leaves them out."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(HUGGING_FACE[1], folder)
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    start = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    template = [start, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}
+    state["post_processor"] = {"type": "TemplateProcessing", "single": template, "pair": template}
+    state["post_processor"]["special_tokens"] = special
+    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    if through_transformers:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config["split_special_tokens"] = False  # a setting that only transformers knows
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    library, short = AutoTokenizer.from_pretrained(str(folder)), tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in ODD_ROWS), encoding="utf-8")
+    for flags, added in (([], True), (["--tokenizer-hf-no-include-special-tokens"], False)):
+
+        def encode(text: str, added: bool = added) -> list[int]:
+            return library(text, add_special_tokens=added).input_ids
+
+        expected = megatron_core(short, encode, 0, 4096, tmp_path / f"core{added}")
+        ours = preprocess(
+            short, ("HuggingFaceTokenizer", str(folder)), tmp_path / f"ours{added}", 2, "--append-eod", *flags
+        )
+        assert_same_bytes(ours, expected)
+        first = np.fromfile(f"{ours}.bin", dtype=np.uint16)[:2].tolist()
+        assert (first == [1, 0]) == added, "an empty text is the beginning token alone, or nothing"
 
 
 def test_sidecar_says_what_was_written(corpus: Path, tmp_path: Path) -> None:

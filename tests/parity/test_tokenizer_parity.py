@@ -74,6 +74,17 @@ def test_ids_are_auto_tokenizers(config: dict[str, Any], state: dict[str, Any], 
     assert [copy(text).input_ids for text in texts()[:5]] == expected[:5]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_bundled_tokenizer_is_the_same_beside_an_exported_model(model_type: str, tmp_path: Path) -> None:
+    """transformers replaces parts of a tokenizer for some model types, Qwen2 for one."""
+    path = folder(tmp_path, {})
+    (path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    exported = build_tokenizer("HuggingFaceTokenizer", str(path))
+    bundled = build_tokenizer("HuggingFaceTokenizer", str(DATA / "tokenizer"))
+    assert exported.describe() == bundled.describe()
+    assert exported.encode_documents(texts()) == bundled.encode_documents(texts())
+
+
 def test_documents_are_never_cut_or_padded(tmp_path: Path) -> None:
     limit = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     cut = build_tokenizer("HuggingFaceTokenizer", str(folder(tmp_path, {}, {"truncation": limit})))
