@@ -34,7 +34,7 @@ class Batch:
     loss_mask_BS: torch.Tensor
     """1 where the label is trained, else 0, float32."""
     position_ids_BS: torch.Tensor
-    """Position of each input, int64; from 0 again after an end of document with reset_position_ids."""
+    """Position of each input in its sample, int64."""
     sources_B: np.ndarray
     """Source of each sample, int64: index into Ledger.sources, or -1 in validation."""
     valid_tokens: int
@@ -89,10 +89,9 @@ class BatchBuilder:
         device: torch.device,
         eod_id: int | None,
         eod_mask_loss: bool,
-        reset_position_ids: bool,
     ) -> None:
-        if eod_id is None and (eod_mask_loss or reset_position_ids):
-            raise ValueError("--eod-mask-loss and --reset-position-ids need a tokenizer with an end-of-document token")
+        if eod_id is None and eod_mask_loss:
+            raise ValueError("--eod-mask-loss needs a tokenizer with an end-of-document token")
         self.seq_length = seq_length
         self.group = tensor_group if tensor_group is not None and dist.get_world_size(tensor_group) > 1 else None
         self.is_reader = self.group is None or dist.get_rank(self.group) == 0
@@ -100,7 +99,6 @@ class BatchBuilder:
         self.device = device
         self.eod_id = -1 if eod_id is None else eod_id  # no token has id -1
         self.eod_mask_loss = eod_mask_loss
-        self.reset_position_ids = reset_position_ids
 
     def read(self, fetch: Callable[[int, int], np.ndarray | None], shape: tuple[int, int]) -> torch.Tensor | None:
         """Read fetch(micro-batch, row) for all micro-batches and rows of `shape` if this is the rank that reads.
@@ -138,7 +136,7 @@ class BatchBuilder:
             counts = self._count(host, present, mask)
         if not self.reads_data:
             return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
-        positions = self._positions(tokens)
+        positions = torch.arange(self.seq_length, device=self.device).expand(tokens.shape)
         return [
             Batch(
                 tokens_BS=tokens[i],
@@ -167,15 +165,6 @@ class BatchBuilder:
         if host is None:
             return mask.sum(dim=(1, 2), dtype=torch.int64).cpu().numpy()
         return ((host[..., :-1].numpy() != self.eod_id) & present[..., None]).sum(axis=(1, 2))
-
-    def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Position ids like `tokens`; with reset_position_ids they count from the last end of document."""
-        positions = torch.arange(self.seq_length, device=self.device).expand(tokens.shape)
-        if not self.reset_position_ids:
-            return positions
-        starts = torch.zeros_like(tokens)
-        starts[..., 1:] = torch.where(tokens[..., :-1] == self.eod_id, positions[..., 1:], 0)
-        return positions - starts.cummax(dim=-1).values
 
     def _without_tokens(self, sources: np.ndarray, valid: int) -> Batch:
         """A batch of the right shapes for a rank that looks at none of its tensors."""
@@ -213,7 +202,6 @@ class TrainLoader:
         device: torch.device,
         eod_id: int | None,
         eod_mask_loss: bool = False,
-        reset_position_ids: bool = False,
     ) -> None:
         _check_datasets(ledger, datasets)
         self.ledger = ledger
@@ -230,7 +218,6 @@ class TrainLoader:
             device=device,
             eod_id=eod_id,
             eod_mask_loss=eod_mask_loss,
-            reset_position_ids=reset_position_ids,
         )
         self._datasets = [datasets.get(source.fingerprint) for source in ledger.sources]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train-loader")
@@ -303,7 +290,6 @@ class ValidLoader:
         device: torch.device,
         eod_id: int | None,
         eod_mask_loss: bool = False,
-        reset_position_ids: bool = False,
     ) -> None:
         self.dataset = dataset
         self.num_samples = len(dataset) if max_samples is None else min(len(dataset), max_samples)
@@ -320,7 +306,6 @@ class ValidLoader:
             device=device,
             eod_id=eod_id,
             eod_mask_loss=eod_mask_loss,
-            reset_position_ids=reset_position_ids,
         )
 
     def __len__(self) -> int:

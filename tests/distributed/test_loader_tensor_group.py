@@ -50,7 +50,6 @@ def run_rank(rank: int, store: str, eod_mask_loss: bool, reads_data: bool) -> No
         device=torch.device("cpu"),
         eod_id=3,
         eod_mask_loss=eod_mask_loss,
-        reset_position_ids=True,
     )
     steps = [loader.step(first) for first in (0, 4, 8)]
     loader.close()

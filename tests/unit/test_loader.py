@@ -108,11 +108,9 @@ def test_every_layout_delivers_the_same_samples(size: int, micro_batch_size: int
 
 
 @pytest.mark.parametrize("eod_mask_loss", [False, True])
-@pytest.mark.parametrize("reset_position_ids", [False, True])
-def test_masks_and_positions_are_megatron_cores(eod_mask_loss: bool, reset_position_ids: bool) -> None:
+def test_masks_and_positions_are_megatron_cores(eod_mask_loss: bool) -> None:
     ledger, datasets = make_ledger()
-    options = {"eod_mask_loss": eod_mask_loss, "reset_position_ids": reset_position_ids}
-    with make_loader(ledger, datasets, **options) as loader:
+    with make_loader(ledger, datasets, eod_mask_loss=eod_mask_loss) as loader:
         batches = loader.step(6)
     assert any((batch.tokens_BS == EOD).any() for batch in batches)
     for batch in batches:
@@ -121,7 +119,7 @@ def test_masks_and_positions_are_megatron_cores(eod_mask_loss: bool, reset_posit
         assert batch.valid_tokens == int(batch.loss_mask_BS.sum())
         for row in range(2):
             _, mask, positions = _get_ltor_masks_and_position_ids(
-                batch.tokens_BS[row], EOD, reset_position_ids, False, eod_mask_loss, False
+                batch.tokens_BS[row], EOD, False, False, eod_mask_loss, False
             )
             assert torch.equal(batch.loss_mask_BS[row], mask)
             assert torch.equal(batch.position_ids_BS[row], positions)
