@@ -284,7 +284,7 @@ class WandbSink:
         folder.mkdir(parents=True, exist_ok=True)
         # A session of its own: Ctrl-C must end the training first, and the last rows with it. -P: the modules beside
         # the script must not hide installed ones.
-        settings = {"project": project, "name": name, "id": identity, "dir": str(folder), "config": config}
+        settings: Row = {"project": project, "name": name, "id": identity, "dir": str(folder), "config": config}
         settings["trainer_pid"] = os.getpid()
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("wandb_process.py")), json.dumps(settings)],

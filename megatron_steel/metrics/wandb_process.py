@@ -46,7 +46,7 @@ def start(settings: dict[str, Any]) -> Any:
         init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, x_stats_pid=settings["trainer_pid"]
     )
     options = {key: settings[key] for key in ("project", "name", "id", "dir", "config")}
-    mode = os.environ.get("WANDB_MODE", "online")
+    mode: Any = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
         run = wandb.init(mode=mode, settings=quiet, **options)
         if reason := os.environ.get(REASON):
