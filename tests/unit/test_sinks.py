@@ -230,7 +230,7 @@ def test_a_hanging_tracker_never_makes_training_wait(
         longest = max(longest, time.monotonic() - start)
     start = time.monotonic()
     sink.close()
-    assert time.monotonic() - start < 1.0 and longest < 0.1
+    assert time.monotonic() - start < 5.0 and longest < 1.0
     assert sink.process.returncode is not None
     assert capsys.readouterr().err.count("wandb") == 1
 
