@@ -31,9 +31,9 @@ if [ "$GPUS_PER_NODE" -gt 0 ]; then
   echo "GPUs found: $RANKS on each of $NNODES node(s). Training $MODEL."
 else
   RANKS=2
-  MODEL=${MODEL:-steel_tiny} SEQ_LENGTH=${SEQ_LENGTH:-256} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
-  GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-16} LR=${LR:-2e-3} MIN_LR=${MIN_LR:-1e-4} WARMUP_ITERS=${WARMUP_ITERS:-20}
-  TRAIN_ITERS=${TRAIN_ITERS:-300} SAVE_INTERVAL=${SAVE_INTERVAL:-100} EVAL_INTERVAL=${EVAL_INTERVAL:-100}
+  MODEL=${MODEL:-steel_tiny} SEQ_LENGTH=${SEQ_LENGTH:-256} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-4}
+  GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-8} LR=${LR:-3e-3} MIN_LR=${MIN_LR:-1e-4} WARMUP_ITERS=${WARMUP_ITERS:-30}
+  TRAIN_ITERS=${TRAIN_ITERS:-500} SAVE_INTERVAL=${SAVE_INTERVAL:-100} EVAL_INTERVAL=${EVAL_INTERVAL:-100}
   LOG_INTERVAL=${LOG_INTERVAL:-10}
   DEVICE_FLAGS=(--use-distributed-optimizer)
   echo "No GPU: the same recipe at $MODEL size on the bundled sample corpus with $RANKS CPU ranks."
@@ -83,7 +83,9 @@ else
 fi
 
 echo "--- pretrain"
-"$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m megatron_steel.pretrain \
+# torchrun would set one thread and print a page about it.
+THREADS=$(($(nproc) / RANKS))
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))} "$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m megatron_steel.pretrain \
   --tokenizer-model "$TOKENIZER_MODEL" "${DATA_FLAGS[@]}" \
   "${TRAINING_FLAGS[@]}" "${CHECKPOINT_FLAGS[@]}" "${LOG_FLAGS[@]}" "$@"
 [ "$NODE_RANK" -eq 0 ] || exit 0

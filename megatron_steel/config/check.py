@@ -218,8 +218,9 @@ def check_schedule(config: Config) -> None:
         )
     if options.lr_decay_style == "WSD":
         last = options.lr_wsd_decay_iters
-        if last is None or not 0 < last <= decay_iters:
-            raise ValueError(f"--lr-decay-style WSD needs --lr-wsd-decay-iters between 1 and {decay_iters}")
+        warmup = options.lr_warmup_iters or math.ceil((options.lr_warmup_fraction or 0) * decay_iters)
+        if last is None or not 0 < last <= decay_iters - warmup:
+            raise ValueError(f"--lr-decay-style WSD needs --lr-wsd-decay-iters between 1 and {decay_iters - warmup}")
 
 
 def check_overlap(config: Config) -> None:
