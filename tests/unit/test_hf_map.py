@@ -155,6 +155,24 @@ def test_rules_name_every_tensor_of_transformers_model_once(family: str, untied:
             assert ours.shape == (64, size.hidden_size)
 
 
+def test_gate_and_up_are_in_megatron_cores_order() -> None:
+    """megatron-core 0.16.1, transformer/mlp.py, glu: the first half goes through the activation."""
+    size = tiny("llama", True)
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_from_sizes(size, 50, NO_IDS, "float32")))
+    state = theirs.state_dict()
+    table = {rule.ours.rsplit(".", 2)[1]: rule for rule in rules(size)}
+    fc1, fc2 = (
+        to_ours(table[name].kind, [state[n.format(layer=0)] for n in table[name].theirs], size, 0)
+        for name in ("linear_fc1", "linear_fc2")
+    )
+    x = torch.randn(5, size.hidden_size)
+    first, second = (x @ fc1.T).chunk(2, -1)
+    expected = theirs.model.layers[0].mlp(x)
+    torch.testing.assert_close((torch.nn.functional.silu(first) * second) @ fc2.T, expected, rtol=1e-5, atol=1e-6)
+    assert [n.split(".")[-2] for n in table["linear_qkv"].theirs] == ["q_proj", "k_proj", "v_proj"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_names_are_unique(family: str) -> None:
     ours = [rule.ours for rule in rules(tiny(family, True))]
