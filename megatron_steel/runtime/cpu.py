@@ -207,6 +207,14 @@ ROWS: tuple[Row, ...] = (
         "jit_fuser = torch.compile",
         "compiling costs seconds at the first step and saves nothing on the host",
     ),
+    # Loading a checkpoint.
+    Row(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
+        host.set_main_param_and_optimizer_states,
+        "optimizer/distrib_optimizer.py",
+        "dst_tensors[key].copy_(tensors[key])",
+        "asks the checkpoint for torch AdamW's own step count (KeyError) and leaves one count shared by all parameters",
+    ),
     # Mixture of experts.
     Row(
         "megatron.core.transformer.moe.moe_utils.te_general_gemm",
@@ -238,7 +246,9 @@ class MegatronOnHost(MetaPathFinder):
             elif row.target.startswith("torch."):
                 setattr(self.inner(where), name, row.replacement)
             else:
-                self.names.setdefault(where, []).append((name, row.replacement))
+                module = ".".join(part for part in where.split(".") if part.islower())
+                inside = row.target.removeprefix(f"{module}.")
+                self.names.setdefault(module, []).append((inside, row.replacement))
 
     def inner(self, path: str) -> ModuleType:
         """The view that stands for ``torch.a.b``; made on first use."""
@@ -266,8 +276,9 @@ class MegatronOnHost(MetaPathFinder):
         execute(module)
         if vars(module).get("torch") is torch:
             vars(module)["torch"] = self.torch
-        for name, replacement in self.names.get(module.__name__, ()):
-            setattr(module, name, replacement)
+        for path, replacement in self.names.get(module.__name__, ()):
+            owner, _, name = path.rpartition(".")
+            setattr(getattr(module, owner) if owner else module, name, replacement)
 
 
 def view_of(module: ModuleType) -> ModuleType:

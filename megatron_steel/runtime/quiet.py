@@ -6,6 +6,7 @@ A row names one message of one module; everything else still gets through.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ class Message:
     """How it begins, verbatim."""
     why: str
     """Why the user does not need it."""
+    category: type[Warning] = UserWarning
+    """Class of a warning."""
 
 
 _OWN_LAYERS = "our own layer backends and their log line say which norm and optimizer run"
@@ -31,6 +34,50 @@ WARNINGS: tuple[Message, ...] = (
         "neither is needed: the plain loops and torch's AdamW compute the same",
     ),
     Message(r"megatron\.core\.", "Apex is not installed. Falling back to Torch Norm", _OWN_LAYERS),
+    Message(
+        r"megatron\.core\.optimizer\.optimizer",
+        "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed.",
+        "the optimizer only looks whether its shard of a parameter has a gradient",
+    ),
+    Message(
+        r"megatron\.core\.tensor_parallel\.layers",
+        "When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+        "device.bind sets it on a GPU, and on the host there are no connections",
+    ),
+    Message(
+        r"megatron\.core\.tensor_parallel\.layers",
+        "When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+        "device.bind sets it on a GPU, and on the host there are no connections",
+    ),
+    Message(
+        r"megatron\.core\.transformer\.transformer_config",
+        "full scope is deprecated.",
+        "it is megatron-core's own default that is deprecated",
+    ),
+    Message(
+        r"megatron\.core\.dist_checkpointing\.",
+        "`load_state_dict` is deprecated and will be removed in future versions.",
+        "megatron-core 0.16.1 calls it, and torch 2.13 still has it",
+        FutureWarning,
+    ),
+    Message(
+        r"torch\.distributed\.",
+        "Please use DTensor instead and we are deprecating ShardedTensor.",
+        "megatron-core 0.16.1 saves ShardedTensor, and torch 2.13 still has it",
+        FutureWarning,
+    ),
+    Message(
+        r"torch\.distributed\.",
+        "`torch.distributed.reduce_scatter_tensor` is deprecated.",
+        "megatron-core 0.16.1 calls it, and torch 2.13 still has it",
+        FutureWarning,
+    ),
+    Message(
+        r"torch\.distributed\.",
+        "`torch.distributed.all_gather_into_tensor` is deprecated.",
+        "megatron-core 0.16.1 calls it, and torch 2.13 still has it",
+        FutureWarning,
+    ),
 )
 
 RECORDS: tuple[Message, ...] = (
@@ -57,8 +104,7 @@ class DropMessage(logging.Filter):
 def install() -> None:
     """Drop the messages of :data:`WARNINGS` and :data:`RECORDS`; doing it twice changes nothing."""
     for message in WARNINGS:
-        text = message.start.replace(".", r"\.")
-        warnings.filterwarnings("ignore", message=text, category=UserWarning, module=message.module)
+        warnings.filterwarnings("ignore", re.escape(message.start), message.category, message.module)
     for message in RECORDS:
         logger = logging.getLogger(message.module)
         if not any(isinstance(known, DropMessage) and known.start == message.start for known in logger.filters):
