@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
-from megatron_steel.runtime import cpu
+from megatron_steel.runtime import cpu, device
 
 # Before any test module is imported: many of them import megatron.core.
 cpu.install()
@@ -17,6 +18,18 @@ cpu.install()
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
 from pool import WorkerPool  # noqa: E402
+
+# A busy machine is no failure: pytest's own timeout catches what hangs.
+hypothesis.settings.register_profile("steel", deadline=None)
+hypothesis.settings.load_profile("steel")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` on a machine without one."""
+    if not device.has_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")

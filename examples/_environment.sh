@@ -1,0 +1,91 @@
+# Sourced by examples/*.sh and tests/run.sh from the repository root: sets and exports PYTHON, an interpreter that has
+# what this repository needs.
+#   STEEL_PYTHON   an interpreter to use exactly as it is (a container, a cluster module): nothing is installed
+#   VIRTUAL_ENV    an active environment is used; what it lacks is installed into it
+#   otherwise      .venv is made here and filled
+#   STEEL_EXTRAS   extras of setup.cfg to install: log (default) or dev
+
+STEEL_EXTRAS=${STEEL_EXTRAS:-log}
+STEEL_VERSION_CHECK='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'
+
+steel_fail() {
+  echo "error: $1" >&2
+  exit 1
+}
+
+# Prints the first interpreter this repository supports that can make environments.
+steel_find_python() {
+  local name
+  for name in python3.11 python3.12 python3 python; do
+    if "$name" -c "$STEEL_VERSION_CHECK; import ensurepip, venv" 2>/dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  return 1
+}
+
+# Prints what the extras in $2 need and interpreter $1 does not have: names on one line, empty when all is there.
+steel_missing() {
+  "$1" - "$2" <<'PY'
+import configparser, importlib.metadata, re, sys
+
+setup = configparser.ConfigParser()
+setup.read("setup.cfg")
+extras = setup["options.extras_require"]
+wanted, names = [setup["options"]["install_requires"], *(extras[extra] for extra in sys.argv[1].split(","))], []
+while wanted:
+    for line in filter(None, (line.strip() for line in wanted.pop().splitlines())):
+        name, inner = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[(.*?)\])?.*", line).groups()
+        if name == "megatron_steel":
+            wanted.append(extras[inner])
+            continue
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            names.append(name)
+print(" ".join(sorted(names)))
+PY
+}
+
+# Installs this repository with the extras $2 for interpreter $1, into the environment named $3.
+steel_install() {
+  local start=$SECONDS
+  echo "Installing into $3, about 5 minutes the first time (torch, megatron-core, transformers ...)"
+  "$1" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$2]" ||
+    steel_fail "pip could not install the packages (see above); start again to go on"
+  echo "Installed in $((SECONDS - start)) s"
+}
+
+if [ -n "${STEEL_PYTHON:-}" ]; then
+  PYTHON=$STEEL_PYTHON
+  "$PYTHON" -c "$STEEL_VERSION_CHECK" || steel_fail "STEEL_PYTHON=$PYTHON is not a Python 3.11 or 3.12"
+  steel_lacks=$(steel_missing "$PYTHON" "$STEEL_EXTRAS")
+  [ -z "$steel_lacks" ] || steel_fail "STEEL_PYTHON=$PYTHON lacks: $steel_lacks"
+elif [ -n "${VIRTUAL_ENV:-}" ] && [ "$VIRTUAL_ENV" != "$PWD/.venv" ]; then
+  PYTHON=$VIRTUAL_ENV/bin/python
+  "$PYTHON" -c "$STEEL_VERSION_CHECK" || steel_fail "the active environment $VIRTUAL_ENV is not Python 3.11 or 3.12"
+  steel_lacks=$(steel_missing "$PYTHON" "$STEEL_EXTRAS")
+  if [ -n "$steel_lacks" ]; then
+    echo "The active environment lacks: $steel_lacks"
+    steel_install "$PYTHON" "$STEEL_EXTRAS" "$VIRTUAL_ENV"
+  fi
+else
+  PYTHON=$PWD/.venv/bin/python
+  if ! "$PYTHON" -c "$STEEL_VERSION_CHECK; import pip" 2>/dev/null; then
+    steel_base=$(steel_find_python) || steel_fail "no Python 3.11 or 3.12 with venv and ensurepip found (Debian: python3.11-venv)"
+    echo "Making .venv with $("$steel_base" --version)"
+    "$steel_base" -m venv --clear .venv || steel_fail "$steel_base -m venv .venv failed (see above)"
+  fi
+  # One stamp per set of extras, named after what it was installed from: a changed pin installs again.
+  steel_stamp=.venv/steel-$STEEL_EXTRAS-$(cat setup.cfg constraints.txt | cksum | tr ' ' -)
+  if [ ! -f "$steel_stamp" ]; then
+    steel_install "$PYTHON" "$STEEL_EXTRAS" .venv
+    touch "$steel_stamp"
+  fi
+fi
+
+# Scripts started from here use the same interpreter and import this checkout, not another one that is installed.
+export PYTHON STEEL_PYTHON=$PYTHON PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
+export PATH
