@@ -60,6 +60,16 @@ class Model:
             found.append(module)
         return found
 
+    def gather_parameters(self) -> None:
+        """Bring weights that the optimizer updated on other ranks here now; collective over the replicas.
+
+        With ``overlap_param_gather`` they would only arrive during the next forward pass: whoever reads weights
+        between two steps has to call this first.
+        """
+        for chunk in self.chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def build_chunk(
     config: Config, options: TransformerConfig, backend: str, vocab_size: int, world: World, stage: int | None

@@ -18,7 +18,7 @@ from megatron_steel.data.sources import DataSources, TokenizerFacts, open_source
 from megatron_steel.data.windows import WindowedDataset
 from megatron_steel.model.backends import choose_backend
 from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
-from megatron_steel.text.tokenizer import Tokenizer, build_tokenizer
+from megatron_steel.text.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
 
 # Options that decide the numbers of a model: a checkpoint of other values cannot be loaded into it.
 MODEL_IDENTITY = (
@@ -98,6 +98,9 @@ def check_same_model(saved: dict[str, Any], now: dict[str, Any], origin: Path) -
 def resolve_vocabulary(config: Config, tokenizer: Tokenizer, state: TrainState | None) -> None:
     """Fill ``vocab_size``: the checkpoint's rows, or the tokenizer's ids; never fewer than the tokenizer has."""
     size = config.size
+    if isinstance(tokenizer, NullTokenizer):
+        # Its --vocab-size counts the ids before end of document; the model has a row for that one too.
+        size.vocab_size = tokenizer.vocab_size
     if state is not None and state.vocab_size:
         if size.vocab_size not in (None, state.vocab_size):
             raise ValueError(f"--vocab-size {size.vocab_size}: the checkpoint has {state.vocab_size} rows")
