@@ -31,6 +31,17 @@ def temporary_directory(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}.tmp"
 
 
+def replaced_directory(root: Path, iteration: int) -> Path:
+    """Where a checkpoint of the same iteration stays until its successor has the name."""
+    return root / f"iter_{iteration:07d}.old"
+
+
+def stored_directory(root: Path, iteration: int) -> Path:
+    """The directory that holds an iteration: a save killed between its two renames leaves only the replaced one."""
+    final, replaced = checkpoint_directory(root, iteration), replaced_directory(root, iteration)
+    return replaced if replaced.is_dir() and not final.is_dir() else final
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
@@ -83,7 +94,7 @@ def publish(root: Path, iteration: int, facts: dict[str, dict[str, Any]]) -> Pat
     write_json(temporary / MANIFEST, {"files": facts})
     for directory in sorted({path.parent for path in list_files(temporary)} | {temporary}):
         sync(directory)
-    replaced = root / f"{final.name}.old"
+    replaced = replaced_directory(root, iteration)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -105,6 +116,8 @@ def problem_with(checkpoint: Path, hashes: bool) -> str | None:
         expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{checkpoint / MANIFEST} cannot be read ({error})"
+    if not expected:
+        return f"{checkpoint / MANIFEST} lists no file"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
         if not path.is_file():
@@ -117,9 +130,17 @@ def problem_with(checkpoint: Path, hashes: bool) -> str | None:
 
 
 def published(root: Path) -> list[int]:
-    """Iterations with a published directory, ascending."""
-    matches = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in root.iterdir() if path.is_dir())
-    return sorted(int(match.group(1)) for match in matches if match)
+    """Iterations with a published directory, ascending; see :func:`stored_directory` for where each lies."""
+    matches = (re.fullmatch(r"iter_(\d{7,})(\.old)?", path.name) for path in root.iterdir() if path.is_dir())
+    return sorted({int(match.group(1)) for match in matches if match})
+
+
+def tracked(root: Path, iterations: list[int]) -> tuple[int | None, str]:
+    """The iteration the tracker names, None when it names none of ``iterations``; and its text."""
+    tracker = root / TRACKER
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    named = [iteration for iteration in iterations if text.isascii() and text.lstrip("0") == str(iteration).lstrip("0")]
+    return (named[0] if named and text else None), text
 
 
 def find_checkpoint(root: Path, step: int | None, fall_back: bool = False) -> tuple[Path, list[str]]:
@@ -137,18 +158,15 @@ def find_checkpoint(root: Path, step: int | None, fall_back: bool = False) -> tu
     if step is not None:
         if step not in iterations:
             raise ValueError(f"--ckpt-step {step}: {root} holds iterations {', '.join(map(str, iterations))}")
-        return checkpoint_directory(root, step), []
+        return stored_directory(root, step), []
     warnings: list[str] = []
-    tracker = root / TRACKER
-    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-    if text.isascii() and text.isdigit() and int(text) in iterations:
-        wanted = int(text)
-    else:
-        wanted = iterations[-1]
-        warnings.append(f"{tracker} names no checkpoint ({text[:40]!r}); looking for the newest complete one")
+    named, text = tracked(root, iterations)
+    wanted = iterations[-1] if named is None else named
+    if named is None:
+        warnings.append(f"{root / TRACKER} names no checkpoint ({text[:40]!r}); looking for the newest complete one")
     candidates = [wanted] if not (fall_back or warnings) else [i for i in reversed(iterations) if i <= wanted]
     for iteration in candidates:
-        directory = checkpoint_directory(root, iteration)
+        directory = stored_directory(root, iteration)
         problem = problem_with(directory, hashes=False)
         if problem is None:
             return directory, warnings
@@ -159,16 +177,27 @@ def find_checkpoint(root: Path, step: int | None, fall_back: bool = False) -> tu
 
 
 def remove_old(root: Path, keep: int | None) -> None:
-    """Remove complete checkpoints but for the newest ``keep``; what is incomplete is left for a person to look at."""
+    """Remove complete checkpoints but for the newest ``keep``; what is incomplete is left for a person to look at.
+
+    A run that went back to an earlier iteration finds newer checkpoints of the run it replaces: the tracker tells them
+    apart, they do not count and stay.
+    """
     if keep is None:
         return
-    whole = [i for i in published(root) if problem_with(checkpoint_directory(root, i), hashes=False) is None]
+    iterations = published(root)
+    current, _ = tracked(root, iterations)
+    mine = [i for i in iterations if current is None or i <= current]
+    whole = [i for i in mine if problem_with(stored_directory(root, i), hashes=False) is None]
     for iteration in whole[:-keep]:
-        shutil.rmtree(checkpoint_directory(root, iteration))
+        shutil.rmtree(stored_directory(root, iteration))
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete directories of saves that were interrupted before they were published."""
+    """Delete directories of saves that were interrupted; a replaced one without its successor gets its name back."""
     for path in root.glob("iter_*"):
-        if path.is_dir() and path.suffix in (".tmp", ".old"):
+        if not path.is_dir() or path.suffix not in (".tmp", ".old"):
+            continue
+        if path.suffix == ".old" and not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+        else:
             shutil.rmtree(path)

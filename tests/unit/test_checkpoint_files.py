@@ -120,12 +120,10 @@ def test_a_kill_before_any_step_leaves_a_whole_checkpoint(monkeypatch: pytest.Mo
     kill_everywhere(monkeypatch, tmp_path, (10,), 20)
 
 
-@pytest.mark.xfail(strict=True, reason="killed between its two renames, a save loses the replaced one")
 def test_replacing_a_checkpoint_leaves_a_whole_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kill_everywhere(monkeypatch, tmp_path, (10, 20), 20)
 
 
-@pytest.mark.xfail(strict=True, reason="killed between its two renames, a save loses the replaced one")
 def test_replacing_the_only_checkpoint_leaves_a_whole_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kill_everywhere(monkeypatch, tmp_path, (20,), 20)
 
@@ -241,7 +239,7 @@ def test_a_damaged_manifest_is_found(tmp_path: Path) -> None:
         "20.0",
         "30",
         "1" + "0" * 30,
-        pytest.param("9" * 5000, marks=pytest.mark.xfail(strict=True, reason="int() refuses 5000 digits")),
+        "9" * 5000,
         "release",
         "\u0662\u0660",
         "20 10",
@@ -334,7 +332,6 @@ def test_retention_counts_only_whole_ones_and_leaves_broken_ones(tmp_path: Path)
     assert published(tmp_path) == [2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="retention goes by number alone")
 def test_retention_never_removes_what_the_tracker_names(tmp_path: Path) -> None:
     """A run that went back to an earlier step saves iterations below those of the run it replaces."""
     make(tmp_path, 10, 20, 30)
