@@ -25,26 +25,34 @@ steel_find_python() {
   return 1
 }
 
-# Prints what the extras in $2 need and interpreter $1 does not have: names on one line, empty when all is there.
+# Prints what the extras $2 need and interpreter $1 does not have: requirements on one line, empty when all is there.
 steel_missing() {
   "$1" - "$2" <<'PY'
-import configparser, importlib.metadata, re, sys
+import configparser, importlib.metadata, sys
 
 setup = configparser.ConfigParser()
 setup.read("setup.cfg")
 extras = setup["options.extras_require"]
-wanted, names = [setup["options"]["install_requires"], *(extras[extra] for extra in sys.argv[1].split(","))], []
-while wanted:
-    for line in filter(None, (line.strip() for line in wanted.pop().splitlines())):
-        name, inner = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[(.*?)\])?.*", line).groups()
-        if name == "megatron_steel":
-            wanted.append(extras[inner])
-            continue
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            names.append(name)
-print(" ".join(sorted(names)))
+wanted = [setup["options"]["install_requires"], extras[sys.argv[1]]]
+if sys.argv[1] == "dev":
+    wanted.append(extras["log"])
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    sys.exit(print("packaging and all others"))
+lines = [line.strip() for block in wanted for line in block.splitlines()]
+missing = []
+for requirement in map(Requirement, filter(None, lines)):
+    if requirement.name == "megatron_steel":
+        continue
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        missing.append(str(requirement))
+        continue
+    if not requirement.specifier.contains(found, prereleases=True):
+        missing.append(f"{requirement} (has {found})")
+print(", ".join(missing))
 PY
 }
 
@@ -52,7 +60,7 @@ PY
 steel_install() {
   local start=$SECONDS
   echo "Installing into $3, about 5 minutes the first time (torch, megatron-core, transformers ...)"
-  "$1" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$2]" ||
+  "$1" -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$2]" ||
     steel_fail "pip could not install the packages (see above); start again to go on"
   echo "Installed in $((SECONDS - start)) s"
 }
@@ -61,7 +69,7 @@ if [ -n "${STEEL_PYTHON:-}" ]; then
   PYTHON=$STEEL_PYTHON
   "$PYTHON" -c "$STEEL_VERSION_CHECK" || steel_fail "STEEL_PYTHON=$PYTHON is not a Python 3.11 or 3.12"
   steel_lacks=$(steel_missing "$PYTHON" "$STEEL_EXTRAS")
-  [ -z "$steel_lacks" ] || steel_fail "STEEL_PYTHON=$PYTHON lacks: $steel_lacks"
+  [ -z "$steel_lacks" ] || steel_fail "STEEL_PYTHON=$PYTHON lacks: $steel_lacks. Install that, or unset STEEL_PYTHON to use .venv"
 elif [ -n "${VIRTUAL_ENV:-}" ] && [ "$VIRTUAL_ENV" != "$PWD/.venv" ]; then
   PYTHON=$VIRTUAL_ENV/bin/python
   "$PYTHON" -c "$STEEL_VERSION_CHECK" || steel_fail "the active environment $VIRTUAL_ENV is not Python 3.11 or 3.12"
@@ -77,9 +85,9 @@ else
     echo "Making .venv with $("$steel_base" --version)"
     "$steel_base" -m venv --clear .venv || steel_fail "$steel_base -m venv .venv failed (see above)"
   fi
-  # One stamp per set of extras, named after what it was installed from: a changed pin installs again.
-  steel_stamp=.venv/steel-$STEEL_EXTRAS-$(cat setup.cfg constraints.txt | cksum | tr ' ' -)
-  if [ ! -f "$steel_stamp" ]; then
+  # The stamp is named after what was installed from: a changed pin installs again, other extras only when missing.
+  steel_stamp=.venv/steel-$(cat setup.cfg constraints.txt | cksum | tr ' ' -)
+  if [ ! -f "$steel_stamp" ] || [ -n "$(steel_missing "$PYTHON" "$STEEL_EXTRAS")" ]; then
     steel_install "$PYTHON" "$STEEL_EXTRAS" .venv
     touch "$steel_stamp"
   fi
