@@ -3,135 +3,166 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_steel.checkpoint import files
-from megatron_steel.checkpoint.hf_map import Rule, rules, to_ours, to_theirs
-from megatron_steel.checkpoint.state import STATE_FILE, TrainState, read_state
-from megatron_steel.checkpoint.store import plain_weights
+from megatron_steel.checkpoint.hf_folder import (
+    DTYPE_NAMES,
+    HFWeights,
+    check_target,
+    remove_empty,
+    replaced_when_complete,
+    write_shards,
+)
+from megatron_steel.checkpoint.hf_map import Rule, heads, rules, to_ours, to_theirs
+from megatron_steel.checkpoint.state import STATE_FILE, TOKENIZER_FOLDER, TrainState, read_state
+from megatron_steel.checkpoint.store import PlainWeights
 from megatron_steel.config.check import padded_vocab_size
-from megatron_steel.config.hf_sizes import hf_from_sizes, sizes_from_hf
+from megatron_steel.config.hf_sizes import ARCHITECTURES, hf_from_sizes, read_sizes
 from megatron_steel.config.load import apply, from_flat, to_flat
 from megatron_steel.config.schema import Config, ModelConfig
-from megatron_steel.text.tokenizer import Tokenizer, build_tokenizer
+from megatron_steel.text.tokenizer import DESCRIPTION_FILE, Tokenizer, build_tokenizer
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FOLDER = "tokenizer"
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+GENERATION_FILE = "generation_config.json"
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
 
+# {name}
 
-class HFWeights:
-    """The tensors of a Hugging Face folder by name, read when asked for."""
+A {family} language model with {parameters:,} parameters in {dtype} ({layers} layers, hidden size {hidden},
+vocabulary {vocab:,}, up to {positions:,} tokens), written by megatron_steel.
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ``ValueError`` when the folder holds no safetensors or an index names a missing shard."""
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(places.values()))
-        else:
-            shards = ["model.safetensors"]
-        for shard in shards:
-            if not (folder / shard).is_file():
-                raise ValueError(f"{folder / shard}: missing; only safetensors weights are read")
-        self.open_shards = {shard: safe_open(folder / shard, framework="pt") for shard in shards}
-        self.places = {name: shard for shard, file in self.open_shards.items() for name in file.keys()}  # noqa: SIM118
+{training}
 
-    def get(self, name: str) -> Tensor:
-        """One tensor; ``ValueError`` names it when it is not there."""
-        if name not in self.places:
-            raise ValueError(f"{self.folder}: holds no tensor {name}")
-        return self.open_shards[self.places[name]].get_tensor(name)
+```python
+from transformers import AutoModelForCausalLM{tokenizer_import}
 
-    def unused(self, used: set[str]) -> list[str]:
-        """Names nobody asked for, but for buffers older versions saved."""
-        return sorted(name for name in self.places if name not in used and not name.endswith("rotary_emb.inv_freq"))
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+{tokenizer_line}```
+"""
 
 
 def read_hf_config(folder: Path) -> Config:
     """Options with the sizes of a Hugging Face folder; ``ValueError`` names what is missing or not supported."""
+    if not folder.is_dir():
+        raise ValueError(f"--hf {folder}: no such folder (names of online models are not looked up)")
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"--hf {folder}: holds no config.json")
-    config = Config(model=str(folder))
-    apply(config, sizes_from_hf(json.loads(path.read_text(encoding="utf-8")), str(path)), str(path))
+    config = Config(model=folder.name)
+    apply(config, read_sizes(path), str(path))
     return config
 
 
-def check_shape(rule: Rule, tensors: list[Tensor], size: ModelConfig, origin: Path) -> None:
-    """The sizes in config.json must be those of the weights."""
-    hidden, vocab = size.hidden_size, size.vocab_size
-    first = tensors[0]
-    if rule.kind == "vocab" and tuple(first.shape) != (vocab, hidden):
-        raise ValueError(f"{origin}: {rule.theirs[0]} is {tuple(first.shape)}, config.json says {(vocab, hidden)}")
-    if first.dim() == 2 and rule.kind != "vocab" and hidden not in first.shape:
-        raise ValueError(f"{origin}: {rule.theirs[0]} is {tuple(first.shape)}, config.json says width {hidden}")
+def expected_shape(name: str, size: ModelConfig) -> tuple[int, ...]:
+    """Shape of a Hugging Face tensor of a model with these sizes."""
+    groups, per_group, width = heads(size)
+    hidden, ffn = size.hidden_size, size.ffn_hidden_size
+    assert size.vocab_size is not None
+    rows = {
+        "q_proj": (groups * per_group * width, hidden),
+        "k_proj": (groups * width, hidden),
+        "v_proj": (groups * width, hidden),
+        "o_proj": (hidden, groups * per_group * width),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+        "q_norm": (width,),
+        "k_norm": (width,),
+        "embed_tokens": (size.vocab_size, hidden),
+        "lm_head": (size.vocab_size, hidden),
+    }
+    module, kind = name.rsplit(".", 2)[-2:]
+    shape = rows.get(module, (hidden,))
+    return shape[:1] if kind == "bias" else shape
+
+
+def sources(size: ModelConfig) -> Iterator[tuple[Rule, int | None, list[str]]]:
+    """(rule, layer or None, Hugging Face names) of every tensor of a model."""
+    for rule in rules(size):
+        for layer in range(size.num_layers) if rule.layered else [None]:
+            yield rule, layer, [name.format(layer=layer) for name in rule.theirs]
+
+
+def check_tensors(source: HFWeights, size: ModelConfig) -> None:
+    """The folder must hold exactly the tensors config.json promises; ``ValueError`` names the first that is off."""
+    used: set[str] = set()
+    for _, _, names in sources(size):
+        used.update(names)
+        for name in names:
+            found, wanted = source.shape(name), expected_shape(name, size)
+            if found != wanted:
+                raise ValueError(f"{source.folder}: {name} is {found}, the sizes in config.json make it {wanted}")
+    tied_head = set() if size.untie_embeddings_and_output_weights else {"lm_head.weight"}
+    if left := source.unused(used | tied_head):
+        raise ValueError(f"{source.folder}: tensors this family does not have: {', '.join(left[:3])}")
 
 
 def sharded_weights(source: HFWeights, size: ModelConfig, padded_vocab: int) -> Iterator[tuple[str, ShardedTensor]]:
     """Our tensors of a Hugging Face folder, each as a whole or as one layer of a stack."""
-    used: set[str] = set()
-    for rule in rules(size):
-        for layer in range(size.num_layers) if rule.layered else [None]:
-            names = [name.format(layer=layer) for name in rule.theirs]
-            used.update(names)
-            tensors = [source.get(name) for name in names]
-            check_shape(rule, tensors, size, source.folder)
-            ours = to_ours(rule.kind, tensors, size, padded_vocab)
-            if layer is None:
-                yield rule.ours, ShardedTensor.from_rank_offsets(rule.ours, ours)
-            else:
-                offset = (0, layer, size.num_layers)
-                yield (
-                    f"{rule.ours}.{layer}",
-                    ShardedTensor.from_rank_offsets(rule.ours, ours, offset, prepend_axis_num=1),
-                )
-    tied_head = set() if size.untie_embeddings_and_output_weights else {"lm_head.weight"}
-    if left := source.unused(used | tied_head):
-        raise ValueError(f"{source.folder}: tensors this family does not have: {', '.join(left[:3])}")
+    for rule, layer, names in sources(size):
+        ours = to_ours(rule.kind, [source.get(name) for name in names], size, padded_vocab)
+        if layer is None:
+            yield rule.ours, ShardedTensor.from_rank_offsets(rule.ours, ours)
+        else:
+            offset = (0, layer, size.num_layers)
+            whole = ShardedTensor.from_rank_offsets(rule.ours, ours, offset, prepend_axis_num=1)
+            yield f"{rule.ours}.{layer}", whole
+
+
+def check_new_root(root: Path) -> None:
+    """``ValueError`` when a directory already holds checkpoints, so that an import never takes a run's place."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--save {root}: exists and is not a directory; give a new name")
+    if root.is_dir() and files.published(root):
+        raise ValueError(f"--save {root}: already holds checkpoints; give a new name")
 
 
 def import_hf(folder: Path, root: Path, tensor_parallel_size: int = 1) -> Path:
     """Write a Hugging Face folder as a checkpoint without optimizer state; returns its directory.
 
     The checkpoint loads on any layout; ``tensor_parallel_size`` only decides how far the vocabulary is padded in it.
-    Raises ``ValueError`` for anything the folder lacks or this engine does not support; nothing is published then.
+    Raises ``ValueError`` for anything the folder lacks or this engine does not support; nothing is written then.
     """
     config = read_hf_config(folder)
+    check_new_root(root)
+    if tensor_parallel_size < 1:
+        raise ValueError(f"--tensor-model-parallel-size {tensor_parallel_size}: must be at least 1")
     size = config.size
+    source = HFWeights(folder)
+    check_tensors(source, size)
+    tokenizer = tokenizer_of(folder)
     assert size.vocab_size is not None
     padded = padded_vocab_size(size.vocab_size, size.make_vocab_size_divisible_by, tensor_parallel_size)
-    source = HFWeights(folder)
-    tokenizer = tokenizer_of(folder)
+    state = TrainState(config=to_flat(config), vocab_size=size.vocab_size, has_optimizer=False)
     temporary = files.temporary_directory(root, 0)
-    root.mkdir(parents=True, exist_ok=True)
-    files.remove_leftovers(root)
-    temporary.mkdir()
+    made = [path for path in (root.absolute(), *root.absolute().parents) if not path.exists()]
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(root)
+        temporary.mkdir()
         dist_checkpointing.save(dict(sharded_weights(source, size, padded)), str(temporary))
-        state = TrainState(config=to_flat(config), vocab_size=size.vocab_size, has_optimizer=False)
         if tokenizer is not None:
             tokenizer.save(temporary / TOKENIZER_FOLDER)
             state.tokenizer = tokenizer_facts(tokenizer)
-        for name in ("generation_config.json",):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, temporary / name)
+        if (folder / GENERATION_FILE).is_file():
+            shutil.copyfile(folder / GENERATION_FILE, temporary / GENERATION_FILE)
         files.write_json(temporary / STATE_FILE, state.to_json())
         return files.publish(root, 0, files.describe_files(temporary, files.list_files(temporary)))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        remove_empty(made)
         raise
 
 
@@ -147,39 +178,16 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"type": tokenizer.name, "fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
 
 
-def hf_tensors(weights: dict[str, Tensor], size: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's tensors from our stacked ones."""
+def hf_tensors(weights: PlainWeights, size: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's tensors from our stacked ones; one of ours is in memory at a time."""
     for rule in rules(size):
-        if rule.ours not in weights:
-            raise ValueError(f"the checkpoint holds no tensor {rule.ours}")
-        stack = weights.pop(rule.ours)
+        stack = weights.read(rule.ours)
         for layer in range(size.num_layers) if rule.layered else [None]:
             names = [name.format(layer=layer) for name in rule.theirs]
             tensor = stack if layer is None else stack[layer]
-            yield from zip(names, to_theirs(rule.kind, tensor, size, vocab_size), strict=True)
-
-
-def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write safetensors files of at most ``shard_bytes`` and, for more than one, their index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = total = 0
-    for name, tensor in tensors:
-        count = tensor.numel() * tensor.element_size()
-        if filled and filled + count > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += count
-        total += count
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        places = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        files.write_json(folder / "model.safetensors.index.json", index)
-    for file, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        files.sync(folder / file)
+            # Parts may be views, which would keep the whole stack in memory for as long as one of them lives.
+            parts = (part.clone() for part in to_theirs(rule.kind, tensor, size, vocab_size))
+            yield from zip(names, parts, strict=True)
 
 
 def export_hf(checkpoint: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -190,34 +198,56 @@ def export_hf(checkpoint: Path, folder: Path, shard_bytes: int = SHARD_BYTES) ->
     """
     state = read_state(checkpoint)
     size = from_flat(state.config).size
-    if folder.exists() and (not folder.is_dir() or not (folder / "config.json").is_file() and any(folder.iterdir())):
-        raise ValueError(f"--hf {folder}: exists and is not a Hugging Face folder; give a new name")
-    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        weights = plain_weights(checkpoint)
-        dtype = DTYPE_NAMES[weights["decoder.final_layernorm.weight"].dtype]
-        write_shards(temporary, hf_tensors(weights, size, state.vocab_size), shard_bytes)
-        token_ids = write_tokenizer(checkpoint / TOKENIZER_FOLDER, temporary)
+    check_target(folder)
+    folder = folder.resolve()
+    weights = PlainWeights(checkpoint)
+    dtype = DTYPE_NAMES[weights.dtype("decoder.final_layernorm.weight")]
+    with replaced_when_complete(folder) as temporary:
+        parameters = write_shards(temporary, hf_tensors(weights, size, state.vocab_size), shard_bytes)
+        token_ids = write_tokenizer(checkpoint, temporary)
         files.write_json(temporary / "config.json", hf_from_sizes(size, state.vocab_size, token_ids, dtype))
-        if (checkpoint / "generation_config.json").is_file():
-            shutil.copy(checkpoint / "generation_config.json", temporary)
+        if (checkpoint / GENERATION_FILE).is_file():
+            shutil.copyfile(checkpoint / GENERATION_FILE, temporary / GENERATION_FILE)
         else:
-            files.write_json(temporary / "generation_config.json", token_ids)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            files.write_json(temporary / GENERATION_FILE, token_ids)
+        card = model_card(folder.name, state, size, parameters, dtype, (temporary / "tokenizer_config.json").is_file())
+        files.write_text(temporary / "README.md", card)
 
 
-def write_tokenizer(source: Path, folder: Path) -> dict[str, int | None]:
-    """Copy the checkpoint's tokenizer into the folder; returns the ids ``config.json`` names."""
-    if not source.is_dir():
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    facts = json.loads((source / "steel_tokenizer.json").read_text(encoding="utf-8"))
-    for path in sorted(source.iterdir()):
-        if path.name != "steel_tokenizer.json":
-            shutil.copy(path, folder / path.name)
-    return {f"{name}_token_id": facts.get(f"{name}_id") for name in ("bos", "eos", "pad")}
+def write_tokenizer(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Copy the checkpoint's tokenizer into the folder; returns the special ids ``config.json`` names.
+
+    The ids a published model generates with (some end on several tokens) win over those of its tokenizer.
+    """
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    source = checkpoint / TOKENIZER_FOLDER
+    if source.is_dir():
+        facts = json.loads((source / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        ids = {name: facts.get(name.replace("_token", "")) for name in ids}
+        for path in sorted(source.iterdir()):
+            if path.name != DESCRIPTION_FILE:
+                shutil.copyfile(path, folder / path.name)
+    if (checkpoint / GENERATION_FILE).is_file():
+        generation = json.loads((checkpoint / GENERATION_FILE).read_text(encoding="utf-8"))
+        ids.update({name: generation[name] for name in ids if generation.get(name) is not None})
+    return ids
+
+
+def model_card(name: str, state: TrainState, size: ModelConfig, parameters: int, dtype: str, tokenizer: bool) -> str:
+    """A README.md with what the model is, how long it was trained and how to load it."""
+    trained = "Converted without training."
+    if state.iteration:
+        trained = f"Trained for {state.iteration:,} steps on {state.consumed_tokens:,} tokens."
+    return CARD.format(
+        name=name,
+        family=ARCHITECTURES[size.model_family].removesuffix("ForCausalLM"),
+        parameters=parameters,
+        dtype=dtype,
+        layers=size.num_layers,
+        hidden=size.hidden_size,
+        vocab=state.vocab_size,
+        positions=size.max_position_embeddings,
+        training=trained,
+        tokenizer_import=", AutoTokenizer" if tokenizer else "",
+        tokenizer_line=f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n' if tokenizer else "",
+    )

@@ -163,11 +163,23 @@ def check_whole(checkpoint: Path, world: World) -> None:
         raise ValueError(f"--load: {problem}")
 
 
-def plain_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors (no optimizer state) by their names in the whole model; any layout, one process.
+class PlainWeights:
+    """The model's tensors by their names in the whole model, read one at a time; any layout, one process.
 
     Decoder layers are stacked: ``decoder.layers.mlp.linear_fc2.weight`` is [layers, hidden, ffn].
     """
-    wanted = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("optimizer.")}
-    return dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored precision of a tensor."""
+        return self.stored[name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; ``ValueError`` names it when the checkpoint does not hold it."""
+        if name not in self.stored:
+            raise ValueError(f"{self.checkpoint}: holds no tensor {name}")
+        wanted = {name: self.stored[name]}
+        return dist_checkpointing.load(wanted, str(self.checkpoint), validate_access_integrity=False)[name]

@@ -1,4 +1,8 @@
-"""Do a checkpoint and a Hugging Face folder hold the same model? Compared by their logits on the same text."""
+"""Do a checkpoint and a Hugging Face folder hold the same model?
+
+Two questions, because each misses what the other finds: are all weights equal to the bit, and do both libraries make
+the same logits of them?
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_steel.checkpoint.hf import DTYPE_NAMES, TOKENIZER_FOLDER
-from megatron_steel.checkpoint.state import read_state
-from megatron_steel.checkpoint.store import load_weights
+from megatron_steel.checkpoint.hf import hf_tensors
+from megatron_steel.checkpoint.hf_folder import HFWeights
+from megatron_steel.checkpoint.state import TOKENIZER_FOLDER, load_tokenizer, read_state
+from megatron_steel.checkpoint.store import PlainWeights, load_weights
+from megatron_steel.config.check import check_heads, check_layers
 from megatron_steel.config.load import from_flat
 from megatron_steel.config.schema import Config, ParallelConfig
 from megatron_steel.model.build import Model, build_model
 from megatron_steel.runtime.world import World
-from megatron_steel.text.tokenizer import build_tokenizer
 
 # English and Chinese, because a tokenizer or an embedding can be right for one and wrong for the other.
 TEXTS = (
@@ -23,6 +28,8 @@ TEXTS = (
     "\u8bdd\u8bf4\u5929\u4e0b\u5927\u52bf\uff0c\u5206\u4e45\u5fc5\u5408\uff0c\u5408\u4e45\u5fc5\u5206\u3002",
 )
 RANDOM_TOKENS = 64
+# Both compute in fp32, in another order: differences are some units in the last place of the largest logit.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,28 +42,56 @@ class Comparison:
     """Share of positions with the same most likely token."""
     tokens: int
     """Positions compared."""
-    dtype: str
-    """Precision both were run in."""
+    different: list[str]
+    """Hugging Face names of tensors that are not equal to the bit, or that only one side has."""
+
+    @property
+    def same(self) -> bool:
+        """Whether both are the same model: equal weights, and logits that differ by rounding only."""
+        return not self.different and self.max_difference <= TOLERANCE
+
+    def one_line(self) -> str:
+        """Numbers and verdict."""
+        tensors = "all weights equal"
+        if self.different:
+            tensors = f"{len(self.different)} weights differ, the first is {self.different[0]}"
+        return (
+            f"{self.tokens} tokens, float32: max |logit difference| {self.max_difference:.3g}, top-1 agreement "
+            f"{self.top1_agreement:.4f}; {tensors}: {'same model' if self.same else 'DIFFERENT'}"
+        )
 
 
-def compare_logits(ours_SV: Tensor, theirs_SV: Tensor, dtype: torch.dtype) -> Comparison:
-    """Compare logits of the same positions, [S, V] each."""
-    difference = (ours_SV.float() - theirs_SV.float()).abs().max().item()
-    agreement = (ours_SV.argmax(-1) == theirs_SV.argmax(-1)).float().mean().item()
-    return Comparison(
-        max_difference=difference, top1_agreement=agreement, tokens=ours_SV.shape[0], dtype=DTYPE_NAMES[dtype]
-    )
+def different_tensors(checkpoint: Path, folder: Path) -> list[str]:
+    """Names of weights that differ in shape, precision or any bit between a checkpoint and a folder."""
+    state = read_state(checkpoint)
+    size = from_flat(state.config).size
+    theirs = HFWeights(folder)
+    seen, found = set(), []
+    for name, ours in hf_tensors(PlainWeights(checkpoint), size, state.vocab_size):
+        seen.add(name)
+        if name not in theirs.places or theirs.shape(name) != tuple(ours.shape):
+            found.append(name)
+            continue
+        other = theirs.get(name)
+        if other.dtype != ours.dtype or not torch.equal(other.view(torch.uint8), ours.view(torch.uint8)):
+            found.append(name)
+    tied_head = set() if size.untie_embeddings_and_output_weights else {"lm_head.weight"}
+    return found + theirs.unused(seen | tied_head)
 
 
 def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None) -> tuple[Model, Config]:
-    """The model of a checkpoint on the layout of ``world``, in evaluation mode, with its options."""
+    """The model of a checkpoint on the layout of ``world``, in evaluation mode, with its options.
+
+    ``bf16`` overrides the precision it was trained in. The layer backend is this machine's best, whatever wrote the
+    checkpoint. Raises ``ValueError`` when the model cannot be split like that.
+    """
     state = read_state(checkpoint)
     config = from_flat(state.config)
     config.parallel = ParallelConfig(
-        tensor_model_parallel_size=world.tensor_size,
-        pipeline_model_parallel_size=world.pipeline_size,
-        transformer_impl=config.parallel.transformer_impl,
+        tensor_model_parallel_size=world.tensor_size, pipeline_model_parallel_size=world.pipeline_size
     )
+    check_heads(config)
+    check_layers(config)
     config.training.bf16 = config.training.bf16 if bf16 is None else bf16
     model = build_model(config, state.vocab_size, world, training=False)
     load_weights(checkpoint, model)
@@ -68,29 +103,38 @@ def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None)
 def sample_ids(checkpoint: Path, vocab_size: int) -> list[Tensor]:
     """Token ids [1, S] of the sample texts, and random ids over the whole vocabulary."""
     rows = [torch.randint(vocab_size, (1, RANDOM_TOKENS), generator=torch.Generator().manual_seed(0))]
-    folder = checkpoint / TOKENIZER_FOLDER
-    if folder.is_dir():
-        tokenizer = build_tokenizer("HuggingFaceTokenizer", str(folder))
+    if (checkpoint / TOKENIZER_FOLDER).is_dir():
+        tokenizer = load_tokenizer(checkpoint)
         rows += [torch.tensor([tokenizer.encode(text)]) for text in TEXTS]
     return rows
 
 
 @torch.no_grad()
-def compare_with_hf(checkpoint: Path, folder: Path, world: World) -> Comparison:
-    """Run both models on the same ids in fp32 on one process.
+def compare_with_hf(checkpoint: Path, folder: Path, world: World, texts: list[Tensor] | None = None) -> Comparison:
+    """Compare the weights, and run both models on the same ids in fp32 on one process.
 
-    Raises ``ValueError`` when the folder does not load with ``transformers``.
+    ``texts`` are rows of token ids [1, S]; sample texts when left out. Raises ``ValueError`` when the folder does not
+    load with ``transformers``.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+    different = different_tensors(checkpoint, folder)
     model, _ = load_for_inference(checkpoint, world, bf16=False)
     try:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"--hf {folder}: transformers cannot load it: {error}") from error
-    ours_rows, theirs_rows = [], []
-    for ids in sample_ids(checkpoint, model.vocab_size):
+    differences, agreeing, count = [], 0, 0
+    for ids in texts if texts is not None else sample_ids(checkpoint, model.vocab_size):
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
-        ours_rows.append(model.language_models()[0](ids, positions, None)[0, :, : model.vocab_size])
-        theirs_rows.append(theirs(ids).logits[0])
-    return compare_logits(torch.cat(ours_rows), torch.cat(theirs_rows), torch.float32)
+        ours = model.language_models()[0](ids.to(world.device), positions.to(world.device), None)
+        ours_SV = ours[0, :, : model.vocab_size].float().cpu()
+        theirs_SV = theirs(ids).logits[0]
+        differences.append((ours_SV - theirs_SV).abs().max())
+        agreeing += int((ours_SV.argmax(-1) == theirs_SV.argmax(-1)).sum())
+        count += ids.shape[1]
+    # Unlike Python's max, torch's lets a NaN through, which is never within the tolerance.
+    largest = torch.stack(differences).max().item()
+    return Comparison(max_difference=largest, top1_agreement=agreeing / count, tokens=count, different=different)

@@ -1,0 +1,203 @@
+"""Tiny random models of every family made by transformers, and what our engine computes with them on any layout.
+
+The functions that start with ``work_`` run on the ranks of the pool (``join=False``: they start their own world).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.world import World
+
+# 4 query heads over 2 key/value heads of width 20 (not 48 / 4); 100 and 133 rows pad to 128 and 256, the former to 256
+# on two tensor-parallel ranks.
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "max_position_embeddings": 128,
+    "vocab_size": 100,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": PLAIN_ROPE}),
+    "llama-untied": (LlamaConfig, {"tie_word_embeddings": False, "vocab_size": 133, "num_key_value_heads": 4}),
+    "llama-rope": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True, "vocab_size": 133}),
+    "qwen2-untied": (Qwen2Config, {"tie_word_embeddings": False, "rope_parameters": {**PLAIN_ROPE, "rope_theta": 1e6}}),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": True, "vocab_size": 133}),
+    "mistral": (MistralConfig, {"tie_word_embeddings": False, "sliding_window": None}),
+}
+NAMES = tuple(CONFIGS)
+LAYOUTS: dict[str, tuple[int, int]] = {"1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
+PROMPT_LENGTHS = (3, 9, 5)
+NEW_TOKENS = 32
+TEXT_LENGTH = 40
+
+
+def make_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """A model in which no weight has the value it would be initialised to: norms are not 1, biases not 0."""
+    kind, changes = CONFIGS[name]
+    values = {**SIZES, **changes}
+    model = AutoModelForCausalLM.from_config(kind(**values)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in path:
+                parameter.copy_(1 + 0.3 * noise)
+            elif path.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def text_ids(vocab_size: int) -> Tensor:
+    """Two rows of ids that hold the first and the last row of the vocabulary, [2, TEXT_LENGTH]."""
+    ids = torch.randint(vocab_size, (2, TEXT_LENGTH), generator=torch.Generator().manual_seed(1))
+    ids[0, 3], ids[1, 5] = 0, vocab_size - 1
+    return ids
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    """Prompts of different lengths."""
+    ids = text_ids(vocab_size)[0].tolist()
+    return [ids[:length] for length in PROMPT_LENGTHS]
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What a library computes with one model."""
+
+    logits: np.ndarray
+    """[2, TEXT_LENGTH, V] float32."""
+    loss: float
+    """Mean over the text's next tokens."""
+    generated: list[list[int]] = field(default_factory=list)
+    """Greedy continuations of the prompts."""
+
+
+@torch.no_grad()
+def findings_of_transformers(model: PreTrainedModel) -> Findings:
+    """The truth: transformers in fp32, each prompt on its own."""
+    ids = text_ids(model.config.vocab_size)
+    output = model(ids, labels=ids)
+    generated = []
+    for prompt in prompts(model.config.vocab_size):
+        row = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        generated.append(row[0, len(prompt) :].tolist())
+    return Findings(logits=output.logits.numpy(), loss=output.loss.item(), generated=generated)
+
+
+@torch.no_grad()
+def pipeline_logits(model: Any, ids_BS: Tensor, world: World) -> Tensor | None:
+    """Logits [B, S, V] of a whole text on the last pipeline stage, None on the others."""
+    module = model.language_models()[0]
+    positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+    if world.pipeline_rank > 0:
+        hidden_SBH = torch.empty(ids_BS.shape[1], ids_BS.shape[0], model.options.hidden_size)
+        torch.distributed.recv(hidden_SBH, group_src=world.pipeline_rank - 1, group=world.pipeline_group)
+        module.set_input_tensor(hidden_SBH)
+    output = module(ids_BS, positions_BS, None, runtime_gather_output=True)
+    if world.pipeline_rank < world.pipeline_size - 1:
+        torch.distributed.send(output.contiguous(), group_dst=world.pipeline_rank + 1, group=world.pipeline_group)
+        return None
+    return output[..., : model.vocab_size]
+
+
+def engine_loss(model: Any, ids_BS: Tensor, world: World) -> float:
+    """The loss the engine reports for a batch, through its schedules and its reduction."""
+    from megatron_steel.data.loader import Batch
+    from megatron_steel.objective.language import run_micro_batches
+    from megatron_steel.train.step import sum_losses
+
+    batches = []
+    for row_S in ids_BS.split(1):
+        tokens_BS = row_S[:, :-1].contiguous()
+        batch = Batch(
+            tokens_BS=tokens_BS,
+            labels_BS=row_S[:, 1:].contiguous(),
+            loss_mask_BS=torch.ones(tokens_BS.shape),
+            position_ids_BS=torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS),
+            sources_B=np.zeros(1, np.int64),
+            valid_tokens=tokens_BS.numel(),
+        )
+        batches.append(batch)
+    count = sum(batch.valid_tokens for batch in batches)
+    outputs = run_micro_batches(model, batches, count, ids_BS.shape[1] - 1, forward_only=True)
+    total, tokens = sum_losses(world, outputs, batches, 1)[0].tolist()
+    return total / tokens
+
+
+def work_findings(checkpoints: dict[str, str], layout: tuple[int, int]) -> dict[str, Findings]:
+    """What our engine computes with checkpoints on a layout (tensor-parallel size, pipeline-parallel size)."""
+    from megatron_steel.checkpoint.verify import load_for_inference
+    from megatron_steel.evaluate.generate import Sampling, generate
+
+    world = runtime.start(tensor_model_parallel_size=layout[0], pipeline_model_parallel_size=layout[1])
+    found = {}
+    for name, checkpoint in checkpoints.items():
+        model, _ = load_for_inference(Path(checkpoint), world, bf16=False)
+        ids_BS = text_ids(model.vocab_size)
+        logits = runtime.gather_objects(world, pipeline_logits(model, ids_BS, world))[-1]
+        loss = engine_loss(model, ids_BS, world)
+        sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0)
+        generated = generate(model, prompts(model.vocab_size), sampling, [], world)
+        found[name] = Findings(logits=logits.numpy(), loss=loss, generated=generated)
+    return found
+
+
+def work_import(folders: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """Import {name: (Hugging Face folder, checkpoint root)}; returns {name: checkpoint}."""
+    from megatron_steel.checkpoint.hf import import_hf
+
+    runtime.start()
+    return {name: str(import_hf(Path(folder), Path(root))) for name, (folder, root) in folders.items()}
+
+
+def work_export(folders: dict[str, tuple[str, str]], shard_bytes: int) -> None:
+    """Export {name: (checkpoint, Hugging Face folder)}."""
+    from megatron_steel.checkpoint.hf import export_hf
+
+    runtime.start()
+    for checkpoint, folder in folders.values():
+        export_hf(Path(checkpoint), Path(folder), shard_bytes)
+
+
+def work_convert(argv: list[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of tools/convert_hf.py, in a process that has its imports behind it."""
+    from tools.convert_hf import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(argv)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue(), err.getvalue()

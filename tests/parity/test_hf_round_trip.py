@@ -1,0 +1,61 @@
+"""Hugging Face -> ours -> Hugging Face: the same names, precision and bits, in one file or in many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+from hf_models import NAMES, make_model
+from pool import WorkerPool
+from safetensors.torch import load_file
+from torch import Tensor
+
+SHARD_BYTES = 40_000
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder; the index, when there is one, must name exactly what the shards hold."""
+    found: dict[str, Tensor] = {}
+    places = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shard = load_file(path)
+        assert not set(shard) & set(found)
+        found |= shard
+        places |= dict.fromkeys(shard, path.name)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        values = json.loads(index.read_text())
+        assert values["weight_map"] == places
+        assert values["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_round_trip_is_exact(pool: WorkerPool, tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+    imports, exports = {}, {}
+    for name in NAMES:
+        model = make_model(name).to(dtype)
+        model.save_pretrained(tmp_path / name, max_shard_size=SHARD_BYTES if sharded else "1GB")
+        imports[name] = (str(tmp_path / name), str(tmp_path / f"{name}-ours"))
+    checkpoints = pool.run(1, hf_models.work_import, imports, join=False)[0]
+    exports = {name: (checkpoints[name], str(tmp_path / f"{name}-back")) for name in NAMES}
+    pool.run(1, hf_models.work_export, exports, SHARD_BYTES if sharded else 10**9, join=False)
+    for name in NAMES:
+        before, after = tensors_of(tmp_path / name), tensors_of(tmp_path / f"{name}-back")
+        assert list(sorted(before)) == list(sorted(after))
+        for tensor in before:
+            assert before[tensor].dtype == after[tensor].dtype == dtype
+            assert torch.equal(before[tensor], after[tensor]), tensor
+        files = list((tmp_path / f"{name}-back").glob("*.safetensors"))
+        assert len(files) > 3 if sharded else [file.name for file in files] == ["model.safetensors"]
+        if sharded:
+            largest = max(tensor.nbytes for tensor in after.values())
+            assert all(file.stat().st_size < max(SHARD_BYTES, largest) + 10_000 for file in files)
+        config = json.loads((tmp_path / f"{name}-back" / "config.json").read_text())
+        assert config["dtype"] == str(dtype).removeprefix("torch.")
+        assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
