@@ -1,0 +1,201 @@
+"""A tiny model trained through the real path (options, checks, ledger, loader, step, checkpoint) on any layout.
+
+Functions that start with ``work_`` run on the ranks of the pool: ``pool.run(2, work_train, flat, 20, join=False)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_steel.config.check import virtual_chunks
+from megatron_steel.config.load import from_flat
+from megatron_steel.data.indexed import IndexedWriter
+from megatron_steel.model.initialize import model_wide_name
+from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.signals import StopRequest
+from megatron_steel.runtime.world import World
+from megatron_steel.train.loop import Session, mean_losses, save, take_step
+from megatron_steel.train.prepare import prepare
+from megatron_steel.train.run import build_session
+
+ROWS = 1000
+"""Rows of the vocabulary: padded to 1008 by one tensor-parallel rank and to 1024 by two."""
+
+OPTIONS: dict[str, Any] = {
+    "model_family": "qwen2",
+    "add_qkv_bias": True,
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "make_vocab_size_divisible_by": 16,
+    "max_position_embeddings": 32,
+    "tokenizer_type": "NullTokenizer",
+    "vocab_size": ROWS - 1,
+    "seq_length": 32,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "train_iters": 20,
+    "lr": 2e-3,
+    "lr_warmup_iters": 2,
+    "min_lr": 2e-4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Ranks and the flags that spread a model over them."""
+
+    ranks: int = 1
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+SHARDED = {"use_distributed_optimizer": True}
+OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+LAYOUTS: dict[str, Layout] = {
+    "1": Layout(),
+    "tp2": Layout(ranks=2, flags=TP2),
+    "tp2-sp": Layout(ranks=2, flags={**TP2, "sequence_parallel": True}),
+    "pp2": Layout(ranks=2, flags=PP2),
+    "pp2-interleaved": Layout(ranks=2, flags={**PP2, "num_layers_per_virtual_pipeline_stage": 1}),
+    "dp2": Layout(ranks=2),
+    "dp2-sharded": Layout(ranks=2, flags=SHARDED),
+    "dp2-overlapped": Layout(ranks=2, flags=OVERLAPPED),
+    "tp2-pp2": Layout(ranks=4, flags={**TP2, **PP2}),
+    "tp2-dp2-sharded": Layout(ranks=4, flags={**TP2, **SHARDED}),
+}
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What a rank saw; the numbers are the same on every rank, the weights are this rank's."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    splits: dict[str, int] = field(default_factory=dict)
+    """Axis along which a weight is shared out over tensor-parallel ranks."""
+    tensor_rank: int = 0
+    consumed_samples: int = 0
+
+
+def write_data(folder: Path, documents: int = 120, seed: int = 0, name: str = "set") -> str:
+    """Documents of a noisy arithmetic over the ids, so that there is something to learn; returns the prefix."""
+    rng = np.random.default_rng(seed)
+    prefix = str(folder / name)
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        for _ in range(documents):
+            length, first = int(rng.integers(20, 200)), int(rng.integers(0, 50))
+            ids = (first + 7 * np.arange(length)) % 90 + (rng.random(length) < 0.1) * rng.integers(0, ROWS - 95, length)
+            writer.add_document([*ids.tolist(), ROWS - 1])
+        writer.commit()
+    return prefix
+
+
+def options(prefix: str, *changes: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Flat options of a run on the data at ``prefix``."""
+    merged: dict[str, Any] = {**OPTIONS, "train_data_path": [prefix]}
+    for change in (*changes, more):
+        merged.update(change)
+    return merged
+
+
+@contextmanager
+def open_session(flat: dict[str, Any]) -> Iterator[Session]:
+    """The run of these options on this rank, built by the code that the command line uses."""
+    config = from_flat(flat)
+    prepared = prepare(config)
+    world = start_world(flat)
+    session = build_session(prepared, world, StopRequest(), 0.0)
+    with session.loader:
+        yield session
+    session.sinks.close()
+
+
+def start_world(flat: dict[str, Any]) -> World:
+    config = from_flat(flat)
+    return runtime.start(
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_chunks(config),
+        timeout_minutes=1.0,
+        seed=config.data.seed,
+    )
+
+
+def take_steps(session: Session, steps: int, trace: Trace) -> None:
+    """Optimizer steps, each with its loss and gradient norm written down."""
+    for _ in range(steps):
+        take_step(session)
+        row = session.recorder.flush(session.state.iteration)
+        trace.losses.append(mean_losses(session)["loss"])
+        trace.grad_norms.append(row["grad_norm"])
+        trace.rates.append(row["lr"])
+
+
+def keep_weights(session: Session, trace: Trace) -> None:
+    """Copy this rank's weights under their names in the whole model."""
+    session.model.gather_parameters()
+    trace.tensor_rank = session.world.tensor_rank
+    for model in session.model.language_models():
+        for local_name, parameter in model.named_parameters():
+            name = model_wide_name(model, local_name)
+            trace.weights[name] = parameter.detach().float().numpy().copy()
+            if session.world.tensor_size > 1 and getattr(parameter, "tensor_model_parallel", False):
+                trace.splits[name] = parameter.partition_dim
+
+
+def work_train(flat: dict[str, Any], steps: int, save_it: bool = False) -> Trace:
+    """Train from what the options say, keep the weights, and save them when asked to."""
+    trace = Trace()
+    with open_session(flat) as session:
+        take_steps(session, steps, trace)
+        keep_weights(session, trace)
+        if save_it:
+            save(session)
+        trace.consumed_samples = session.state.consumed_samples
+    return trace
+
+
+def whole_weights(traces: Sequence[Trace], rows: int = ROWS) -> dict[str, np.ndarray]:
+    """The weights of the whole model from the shares of all ranks, without the padding of the vocabulary.
+
+    Asserts that replicas and the two ends of a tied embedding hold the same bits.
+    """
+    whole: dict[str, np.ndarray] = {}
+    names = {name for trace in traces for name in trace.weights}
+    for name in sorted(names):
+        by_rank: dict[int, np.ndarray] = {}
+        for trace in (trace for trace in traces if name in trace.weights):
+            known = by_rank.setdefault(trace.tensor_rank, trace.weights[name])
+            assert np.array_equal(known, trace.weights[name]), f"{name} differs between ranks"
+        shares = [by_rank[rank] for rank in sorted(by_rank)]
+        axis = next((trace.splits[name] for trace in traces if name in trace.splits), None)
+        if axis is None:
+            assert all(np.array_equal(shares[0], share) for share in shares), f"{name} differs between ranks"
+            joined = shares[0]
+        elif "linear_fc1" in name:
+            halves = [np.split(share, 2) for share in shares]
+            joined = np.concatenate([half[0] for half in halves] + [half[1] for half in halves])
+        else:
+            joined = np.concatenate(shares, axis)
+        vocabulary = name.startswith(("embedding.", "output_layer."))
+        whole[name] = joined[:rows] if vocabulary else joined
+    return whole
+
+
+def largest_relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Largest relative difference of two lists of numbers."""
+    assert len(ours) == len(theirs) > 0
+    return float(np.max(np.abs(np.array(ours) - np.array(theirs)) / np.abs(np.array(theirs))))
