@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from megatron_steel.runtime import cpu, device
+from megatron_steel.runtime import cpu, device, quiet
 
 # Before any test module is imported: many of them import megatron.core.
 cpu.install()
@@ -19,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
 from pool import WorkerPool  # noqa: E402
 
-# A busy machine is no failure: pytest's own timeout catches what hangs.
-hypothesis.settings.register_profile("steel", deadline=None)
+# The same examples in every run, so that a change and nothing else turns a test red; --hypothesis-profile=default looks
+# for new ones. A busy machine is no failure: pytest's own timeout catches what hangs.
+hypothesis.settings.register_profile("steel", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steel")
 
 
@@ -30,6 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest resets the warning filters for each test; the messages a run drops say nothing in tests either."""
+    for message in quiet.WARNINGS:
+        start = re.escape(message.start).replace(":", r"\x3a")
+        config.addinivalue_line("filterwarnings", f"ignore:{start}:{message.category.__name__}")
 
 
 @pytest.fixture(scope="session")

@@ -73,10 +73,7 @@ class WorkerPool:
         return [reply[2] for reply in sorted(replies, key=lambda reply: reply[0])]
 
     def close(self) -> None:
-        """End all workers."""
-        for process, pipe in self._workers:
-            pipe.close()
-            process.join(GRACE_SECONDS)
+        """End all workers; they have nothing to save."""
         self._kill()
 
     def _grow(self, count: int) -> None:
@@ -185,6 +182,8 @@ def perform(
         reply = ("ok", load(*where)(*args), "")
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent raises it
         text = traceback.format_exc()
+        # The frames hold process groups; their peers notice the failure when the connections close.
+        traceback.clear_frames(error.__traceback__)
         reply = ("error", error if can_travel(error) else RuntimeError(f"{type(error).__name__}: {error}"), text)
     finally:
         leave_ranks()
