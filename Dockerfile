@@ -1,3 +1,4 @@
+# syntax=docker/dockerfile:1
 # GPU image: NVIDIA's PyTorch container (torch, Transformer Engine, NCCL), then megatron-core, then this package.
 #
 #   docker build -t megatron_steel .
@@ -36,9 +37,9 @@ RUN if [ "$WITH_APEX" = 1 ]; then \
 # others come with theirs. The list is setup.cfg's; the last check below finds one that was forgotten.
 WORKDIR /opt/megatron_steel
 COPY constraints.txt ./
-RUN grep -vE '^(torch|numpy|triton)==' constraints.txt > /tmp/constraints.txt \
- && pip install --no-deps -c /tmp/constraints.txt megatron-core accelerate \
- && pip install -c /tmp/constraints.txt psutil PyYAML safetensors sentencepiece tiktoken tokenizers transformers tyro \
+RUN grep -vE '^(torch|numpy|triton)==' constraints.txt > /opt/constraints.txt \
+ && pip install --no-deps -c /opt/constraints.txt megatron-core accelerate \
+ && pip install -c /opt/constraints.txt psutil PyYAML safetensors sentencepiece tiktoken tokenizers transformers tyro \
       tensorboard wandb pytest pytest-timeout hypothesis
 
 COPY . .
@@ -46,4 +47,4 @@ RUN pip install --no-deps --no-build-isolation -e . \
  && python -c "import megatron.core, megatron_steel.config.load, transformers, tyro, torch; assert torch.version.cuda"
 
 # examples/*.sh use this interpreter as it is and install nothing.
-ENV STEEL_PYTHON=/usr/bin/python
+ENV STEEL_PYTHON=/usr/bin/python3
