@@ -252,3 +252,12 @@ def test_documents_name_files_that_exist(document: str) -> None:
     named = set(re.findall(r"\b(?:megatron_steel|tools|tests|examples|benchmarks|docs)/[\w./-]*[\w/]", text))
     assert len(named) > 5
     assert not {name for name in named if not (ROOT / name).exists()}
+
+
+def test_the_readme_names_flags_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    known = "\n".join([(ROOT / "tests/unit/flags.txt").read_text(encoding="utf-8"), *sources("tools").values()])
+    of_torchrun = {"--standalone", "--nproc-per-node"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - of_torchrun
+    assert len(named) > 15
+    assert not {flag for flag in named if not re.search(rf"{flag}(?![\w-])", known)} - {"--help"}
