@@ -82,6 +82,7 @@ def save(
             temporary.mkdir()
 
     def write_tensors() -> None:
+        model.gather_parameters()
         sharded = model_state(model)
         if optimizer is not None:
             sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=OPTIMIZER_LAYOUT)

@@ -161,9 +161,10 @@ def work_train(flat: dict[str, Any], steps: int, save_it: bool = False) -> Trace
     trace = Trace()
     with open_session(flat) as session:
         take_steps(session, steps, trace)
-        keep_weights(session, trace)
         if save_it:
+            # First: what follows gathers weights that a save has to gather by itself.
             save(session)
+        keep_weights(session, trace)
         trace.consumed_samples = session.state.consumed_samples
     return trace
 
