@@ -33,7 +33,7 @@ def rng_state() -> dict[str, torch.Tensor]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python.words": torch.tensor(words, dtype=torch.int64),
         "python.gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),

@@ -103,7 +103,7 @@ def start(
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
-        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # any number of minutes works
+        distributed_timeout_minutes=timeout_minutes,  # need not be whole
     )
     on_host = dist.group.WORLD if where.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     assert on_host is not None
