@@ -268,7 +268,7 @@ class MegatronOnHost(MetaPathFinder):
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader.exec_module = functools.partial(self.run, spec.loader.exec_module)  # type: ignore[method-assign]
+            spec.loader.exec_module = functools.partial(self.run, spec.loader.exec_module)  # type: ignore[union-attr, method-assign]
         return spec
 
     def run(self, execute: Any, module: ModuleType) -> None:
