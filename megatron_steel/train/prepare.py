@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_steel.checkpoint.files import find_checkpoint, published
+from megatron_steel.checkpoint.files import find_checkpoint, problem_with, published
 from megatron_steel.checkpoint.hf import tokenizer_facts
 from megatron_steel.checkpoint.state import TrainState, read_state
 from megatron_steel.config.check import check
@@ -73,6 +73,18 @@ def find_start(config: Config, warnings: list[str]) -> tuple[Path | None, bool]:
     checkpoint, notes = find_checkpoint(Path(options.load), options.ckpt_step)
     warnings += notes
     return checkpoint, options.finetune
+
+
+def check_bytes(checkpoint: Path) -> None:
+    """Verify every byte of a checkpoint; ``ValueError`` names the file that changed.
+
+    Only the first rank reads it all: the others meet it when the run starts, which it never does if this fails.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    problem = problem_with(checkpoint, hashes=True)
+    if problem is not None:
+        raise ValueError(f"--load: {problem}; restore it, or remove {checkpoint} to go on from an earlier checkpoint")
 
 
 def resolved(name: str, values: dict[str, Any]) -> Any:
@@ -169,6 +181,8 @@ def prepare(config: Config) -> Prepared:
     warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     choose_backend(config.parallel.transformer_impl)
     checkpoint, weights_only = find_start(config, warnings)
+    if checkpoint is not None:
+        check_bytes(checkpoint)
     loaded = read_state(checkpoint) if checkpoint is not None else None
     options = config.tokenizer
     tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, config.size.vocab_size)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_steel.optim.optimizer import build_optimizer
 from megatron_steel.plan.estimate import flops_per_token
 from megatron_steel.runtime import device
 from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.contact import watching
 from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
 from megatron_steel.train.loop import Session, train
@@ -93,7 +94,6 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
     model = build_model(config, state.vocab_size, world)
     optimizer = build_optimizer(config, model)
     if prepared.checkpoint is not None:
-        store.check_whole(prepared.checkpoint, world)
         if prepared.weights_only:
             store.load_weights(prepared.checkpoint, model)
             optimizer.reload_model_params()
@@ -130,7 +130,8 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
 def run(prepared: Prepared) -> int:
     """Train to the end or to a reason to stop; returns the process's exit code.
 
-    Whatever goes wrong is printed with its traceback and gives 1; other ranks are not waited for then.
+    A save that failed and a peer that is gone are one line each and give 1; anything else that goes wrong is raised.
+    No rank waits for the others then.
     """
     started = time.monotonic()
     config = prepared.config
@@ -142,17 +143,15 @@ def run(prepared: Prepared) -> int:
         seed=config.data.seed,
     )
     try:
-        with StopRequest() as stop_request:
+        with watching(world), StopRequest() as stop_request:
             session = build_session(prepared, world, stop_request, started)
             with session.loader:
                 reason = train(session)
             session.sinks.close()
-    except Exception:
-        traceback.print_exc()
-        runtime.stop(world, failed=True)
+            if world.rank == 0:
+                where = f", saved in {Path(config.checkpoint.save)}" if config.checkpoint.save else ""
+                print(f"stopped at iteration {session.state.iteration}: {reason}{where}", flush=True)
+    except store.SaveError as error:
+        print(f"error: rank {world.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
-    if world.rank == 0:
-        where = f", saved in {Path(config.checkpoint.save)}" if config.checkpoint.save else ""
-        print(f"stopped at iteration {session.state.iteration}: {reason}{where}", flush=True)
-    runtime.stop(world, failed=False)
     return 0
