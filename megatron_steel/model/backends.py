@@ -36,7 +36,7 @@ def choose_backend(name: str) -> tuple[str, str]:
 
     Raises ``ValueError`` when ``transformer_engine`` is asked for and cannot run here.
     """
-    gpu, engine = device.device().type == "cuda", have_transformer_engine()
+    gpu, engine = device.has_gpu(), have_transformer_engine()
     if name == "transformer_engine" and not (gpu and engine):
         missing = "no GPU is visible" if not gpu else "the package transformer_engine is not installed"
         raise ValueError(f"--transformer-impl transformer_engine: {missing}; use --transformer-impl torch")

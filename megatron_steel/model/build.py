@@ -114,7 +114,20 @@ def wrap_data_parallel(
     for index, module in enumerate(modules):
         # Only the first chunk of a pipeline stage has its gradients reduced during the backward pass of others.
         wrapped.append(DistributedDataParallel(options, settings, module, disable_bucketing=index > 0))
+        save_padding(wrapped[-1])
     return wrapped
+
+
+def save_padding(chunk: DistributedDataParallel) -> None:
+    """Make the sharded optimizer save what it indexes.
+
+    megatron-core 0.16.1 cuts the padding at the end of every bucket from what it saves but counts it in the positions
+    of parameters: with several buckets, saved and loaded state is shifted, and a resumed run goes wrong in silence.
+    """
+    for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def build_model(config: Config, vocab_size: int, world: World, training: bool = True) -> Model:
