@@ -6,9 +6,11 @@ Exit codes: 0 finished or stopped cleanly after saving, 2 user error, 1 anything
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
+from megatron_steel.config.check import check
 from megatron_steel.config.load import parse, user_errors
 
 
@@ -16,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one pretraining job; returns the exit code."""
     with user_errors():
         config = parse(sys.argv[1:] if argv is None else argv, "megatron_steel.pretrain")
-        # Heavy imports come after the command line is known to be good, so --help and errors answer at once.
+        # Heavy imports come after the command line is known to be good, so --help and errors answer at once. prepare
+        # checks again, and keeps the warnings.
+        check(config, int(os.environ.get("WORLD_SIZE", "1")))
         from megatron_steel.runtime import cpu
 
         cpu.install()
