@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,7 +59,7 @@ class HFWeights:
         """One tensor; ``ValueError`` names it when it is not there."""
         return self._shard(name).get_tensor(name)
 
-    def _shard(self, name: str):  # noqa: ANN202 - the type is private to safetensors
+    def _shard(self, name: str) -> Any:
         if name not in self.places:
             raise ValueError(f"{self.folder}: holds no tensor {name}")
         return self.open_shards[self.places[name]]

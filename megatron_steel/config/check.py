@@ -74,13 +74,11 @@ def check_ranges(config: Config) -> None:
             value = getattr(group, name)
             if value is not None and value < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {value}")
-    for group, names in (
-        (config.size, ("attention_dropout", "hidden_dropout")),
-        (options, ("adam_beta1", "adam_beta2")),
-    ):
-        for name in names:
-            if getattr(group, name) >= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be below 1, not {getattr(group, name)}")
+    shares = ((config.size, ("attention_dropout", "hidden_dropout")), (options, ("adam_beta1", "adam_beta2")))
+    for owner, share_names in shares:
+        for name in share_names:
+            if getattr(owner, name) >= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be below 1, not {getattr(owner, name)}")
 
 
 def divisors_near(number: int, wish: int, allowed: Sequence[int] | None = None) -> list[int]:

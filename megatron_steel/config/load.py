@@ -144,6 +144,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: must be a mapping of option: value")
+    assert root is not None
     names = [str(key.value).replace("-", "_") for key, _ in root.value]
     for name in names:
         if names.count(name) > 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_steel.text.tokenizer import Tokenizer, build_tokenizer
@@ -71,6 +71,8 @@ def test_bundled_tokenizer_has_the_promised_ids() -> None:
 @settings(deadline=None)
 @given(TEXT)
 def test_byte_level_round_trip_and_bytes(text: str) -> None:
+    # Typed control tokens become control ids, which stand for no bytes of text.
+    assume("<|" not in text)
     ids = BUNDLED.encode(text)
     text = unicodedata.normalize("NFC", text)
     assert BUNDLED.decode(ids) == text
