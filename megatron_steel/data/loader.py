@@ -88,7 +88,7 @@ class BatchBuilder:
         reads_data: bool,
         device: torch.device,
         eod_id: int | None,
-        eod_mask_loss: bool,
+        eod_mask_loss: bool = False,
     ) -> None:
         if eod_id is None and eod_mask_loss:
             raise ValueError("--eod-mask-loss needs a tokenizer with an end-of-document token")
@@ -183,8 +183,8 @@ class BatchBuilder:
 class TrainLoader:
     """The micro-batches of optimizer steps, in the order of a ledger, read one step ahead.
 
-    datasets: fingerprint -> windows, for every source of the ledger's open segment. The other arguments are those of
-    BatchLayout and BatchBuilder. Use as a context manager or call close().
+    datasets: fingerprint -> windows, for every source of the ledger's open segment. Use as a context manager or call
+    close().
     Raises ValueError if a dataset is missing or is not the one the ledger describes.
     """
 
@@ -192,33 +192,13 @@ class TrainLoader:
         self,
         ledger: Ledger,
         datasets: Mapping[str, WindowedDataset],
-        *,
-        micro_batch_size: int,
-        num_microbatches: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        tensor_group: dist.ProcessGroup | None,
-        reads_data: bool,
-        device: torch.device,
-        eod_id: int | None,
-        eod_mask_loss: bool = False,
+        layout: BatchLayout,
+        builder: BatchBuilder,
     ) -> None:
         _check_datasets(ledger, datasets)
         self.ledger = ledger
-        self.layout = BatchLayout(
-            micro_batch_size=micro_batch_size,
-            num_microbatches=num_microbatches,
-            data_parallel_rank=data_parallel_rank,
-            data_parallel_size=data_parallel_size,
-        )
-        self.builder = BatchBuilder(
-            seq_length=ledger.seq_length,
-            tensor_group=tensor_group,
-            reads_data=reads_data,
-            device=device,
-            eod_id=eod_id,
-            eod_mask_loss=eod_mask_loss,
-        )
+        self.layout = layout
+        self.builder = builder
         self._datasets = [datasets.get(source.fingerprint) for source in ledger.sources]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train-loader")
         self._ahead: tuple[int, Future[tuple[torch.Tensor | None, np.ndarray]]] | None = None
@@ -279,34 +259,14 @@ class ValidLoader:
     def __init__(
         self,
         dataset: WindowedDataset,
-        *,
+        layout: BatchLayout,
+        builder: BatchBuilder,
         max_samples: int | None,
-        micro_batch_size: int,
-        num_microbatches: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        tensor_group: dist.ProcessGroup | None,
-        reads_data: bool,
-        device: torch.device,
-        eod_id: int | None,
-        eod_mask_loss: bool = False,
     ) -> None:
         self.dataset = dataset
         self.num_samples = len(dataset) if max_samples is None else min(len(dataset), max_samples)
-        self.layout = BatchLayout(
-            micro_batch_size=micro_batch_size,
-            num_microbatches=num_microbatches,
-            data_parallel_rank=data_parallel_rank,
-            data_parallel_size=data_parallel_size,
-        )
-        self.builder = BatchBuilder(
-            seq_length=dataset.seq_length,
-            tensor_group=tensor_group,
-            reads_data=reads_data,
-            device=device,
-            eod_id=eod_id,
-            eod_mask_loss=eod_mask_loss,
-        )
+        self.layout = layout
+        self.builder = builder
 
     def __len__(self) -> int:
         """Global batches in one pass."""

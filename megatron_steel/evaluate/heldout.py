@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_steel.checkpoint.state import load_tokenizer, read_state
 from megatron_steel.checkpoint.verify import load_for_inference
-from megatron_steel.data.loader import Batch, ValidLoader, valid_tokens
+from megatron_steel.data.loader import Batch, BatchBuilder, BatchLayout, ValidLoader, valid_tokens
 from megatron_steel.data.sources import TokenizerFacts, open_indexed, parse_valid_data_path
 from megatron_steel.data.windows import WindowedDataset
 from megatron_steel.model.build import Model
@@ -110,19 +110,21 @@ def score_checkpoint(
         for name, prefix in parse_valid_data_path(valid_data_path)
     }
     model, _ = load_for_inference(checkpoint, world)
+    layout = BatchLayout(
+        micro_batch_size=micro_batch_size,
+        num_microbatches=1,
+        data_parallel_rank=world.data_rank,
+        data_parallel_size=world.data_size,
+    )
+    builder = BatchBuilder(
+        seq_length=length,
+        tensor_group=world.tensor_group,
+        reads_data=world.pipeline_rank in (0, world.pipeline_size - 1),
+        device=world.device,
+        eod_id=tokenizer.eos_id,
+    )
     results = {}
     for name, dataset in sets.items():
-        loader = ValidLoader(
-            dataset,
-            max_samples=max_samples,
-            micro_batch_size=micro_batch_size,
-            num_microbatches=1,
-            data_parallel_rank=world.data_rank,
-            data_parallel_size=world.data_size,
-            tensor_group=world.tensor_group,
-            reads_data=world.pipeline_rank in (0, world.pipeline_size - 1),
-            device=world.device,
-            eod_id=tokenizer.eos_id,
-        )
+        loader = ValidLoader(dataset, layout, builder, max_samples)
         results[name] = evaluate(model, loader, tokenizer.byte_lengths(), length, world)
     return results

@@ -88,9 +88,7 @@ def mean_losses(session: Session) -> dict[str, Any]:
     """Mean loss per token since the last report, over all sources and for each that was drawn from."""
     sums = session.loss_sums.tolist()
     session.loss_sums.zero_()
-    by_source = {
-        name: loss / tokens for name, (loss, tokens) in zip(session.source_names, sums, strict=True) if tokens
-    }
+    by_source = {name: loss / tokens for name, (loss, tokens) in zip(session.source_names, sums, strict=True) if tokens}
     return {"loss": sum(row[0] for row in sums) / sum(row[1] for row in sums), "loss_by_source": by_source}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from megatron_steel.checkpoint.hf import TOKENIZER_FOLDER
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
 from megatron_steel.config.load import expand_model, to_flat
 from megatron_steel.config.schema import Config
-from megatron_steel.data.loader import TrainLoader, ValidLoader
+from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader, ValidLoader
 from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks, open_sinks
 from megatron_steel.metrics.throughput import Throughput
@@ -54,22 +53,25 @@ def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
     return lines
 
 
-def loader_options(config: Config, world: World, eod_id: int | None) -> dict[str, Any]:
-    """What the training and validation loaders need to know about this rank."""
+def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[BatchLayout, BatchBuilder]:
+    """Which samples of a global batch this rank takes, and what it makes of them."""
     training = config.training
     assert training.global_batch_size is not None
-    per_pass = training.micro_batch_size * world.data_size
-    return {
-        "micro_batch_size": training.micro_batch_size,
-        "num_microbatches": training.global_batch_size // per_pass,
-        "data_parallel_rank": world.data_rank,
-        "data_parallel_size": world.data_size,
-        "tensor_group": world.tensor_group,
-        "reads_data": world.pipeline_rank in (0, world.pipeline_size - 1),
-        "device": world.device,
-        "eod_id": eod_id,
-        "eod_mask_loss": config.data.eod_mask_loss,
-    }
+    layout = BatchLayout(
+        micro_batch_size=training.micro_batch_size,
+        num_microbatches=training.global_batch_size // (training.micro_batch_size * world.data_size),
+        data_parallel_rank=world.data_rank,
+        data_parallel_size=world.data_size,
+    )
+    builder = BatchBuilder(
+        seq_length=training.seq_length,
+        tensor_group=world.tensor_group,
+        reads_data=world.pipeline_rank in (0, world.pipeline_size - 1),
+        device=world.device,
+        eod_id=eod_id,
+        eod_mask_loss=config.data.eod_mask_loss,
+    )
+    return layout, builder
 
 
 def build_throughput(config: Config, world: World, vocab_size: int, iteration: int) -> Throughput:
@@ -101,7 +103,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
             store.load_training(prepared.checkpoint, model, optimizer, state, world)
     if world.rank == 0:
         print("\n".join(describe(prepared, model, world)), flush=True)
-    options = loader_options(config, world, prepared.tokenizer.eos_id)
+    layout, builder = deal_batches(config, world, prepared.tokenizer.eos_id)
     samples = config.logging.eval_iters * (config.training.global_batch_size or 1)
     sources = prepared.ledger.sources
     return Session(
@@ -109,11 +111,11 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         world=world,
         model=model,
         optimizer=optimizer,
-        loader=TrainLoader(prepared.ledger, prepared.datasets, **options),
+        loader=TrainLoader(prepared.ledger, prepared.datasets, layout, builder),
         source_names=[source.name for source in sources],
         loss_sums=torch.zeros(len(sources), 2, dtype=torch.float64, device=world.device),
         valid_loaders={
-            name: ValidLoader(dataset, max_samples=samples, **options) for name, dataset in prepared.valid_sets.items()
+            name: ValidLoader(dataset, layout, builder, samples) for name, dataset in prepared.valid_sets.items()
         },
         byte_lengths=prepared.tokenizer.byte_lengths(),
         state=state,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_steel.data.loader import TrainLoader
+from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader
 from megatron_steel.data.order import Ledger, SourceSpec
 
 SEQ_LENGTH = 6
@@ -41,15 +41,15 @@ def run_rank(rank: int, store: str, eod_mask_loss: bool, reads_data: bool) -> No
     loader = TrainLoader(
         ledger,
         {"fa": windows},  # type: ignore[dict-item]
-        micro_batch_size=2,
-        num_microbatches=2,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-        tensor_group=dist.group.WORLD,
-        reads_data=reads_data,
-        device=torch.device("cpu"),
-        eod_id=3,
-        eod_mask_loss=eod_mask_loss,
+        BatchLayout(micro_batch_size=2, num_microbatches=2, data_parallel_rank=0, data_parallel_size=1),
+        BatchBuilder(
+            seq_length=SEQ_LENGTH,
+            tensor_group=dist.group.WORLD,
+            reads_data=reads_data,
+            device=torch.device("cpu"),
+            eod_id=3,
+            eod_mask_loss=eod_mask_loss,
+        ),
     )
     steps = [loader.step(first) for first in (0, 4, 8)]
     loader.close()

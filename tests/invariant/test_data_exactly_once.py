@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_steel.data.indexed import IndexedWriter
-from megatron_steel.data.loader import TrainLoader
+from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.sources import DataSources, open_sources
 
@@ -43,18 +43,20 @@ def open_data(prefixes: list[str], seed: int) -> DataSources:
 
 def labels_of(ledger: Ledger, data: DataSources, steps: range, size: int, micro_batch_size: int) -> list[np.ndarray]:
     """Labels that each step trains, over all ranks of a layout."""
+    builder = BatchBuilder(
+        seq_length=SEQ_LENGTH, tensor_group=None, reads_data=True, device=torch.device("cpu"), eod_id=None
+    )
     loaders = [
         TrainLoader(
             ledger,
             data.datasets,
-            micro_batch_size=micro_batch_size,
-            num_microbatches=GLOBAL_BATCH // size // micro_batch_size,
-            data_parallel_rank=rank,
-            data_parallel_size=size,
-            tensor_group=None,
-            reads_data=True,
-            device=torch.device("cpu"),
-            eod_id=None,
+            BatchLayout(
+                micro_batch_size=micro_batch_size,
+                num_microbatches=GLOBAL_BATCH // size // micro_batch_size,
+                data_parallel_rank=rank,
+                data_parallel_size=size,
+            ),
+            builder,
         )
         for rank in range(size)
     ]

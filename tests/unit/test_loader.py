@@ -10,7 +10,7 @@ import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-from megatron_steel.data.loader import Batch, BatchLayout, TrainLoader, ValidLoader, valid_tokens
+from megatron_steel.data.loader import Batch, BatchBuilder, BatchLayout, TrainLoader, ValidLoader, valid_tokens
 from megatron_steel.data.order import Ledger, SourceSpec
 
 SEQ_LENGTH = 6
@@ -41,17 +41,11 @@ def make_ledger() -> tuple[Ledger, dict[str, Any]]:
 
 
 def make_loader(ledger: Ledger, datasets: dict[str, Any], **options: Any) -> TrainLoader:
-    defaults: dict[str, Any] = {
-        "micro_batch_size": 2,
-        "num_microbatches": 3,
-        "data_parallel_rank": 0,
-        "data_parallel_size": 1,
-        "tensor_group": None,
-        "reads_data": True,
-        "device": torch.device("cpu"),
-        "eod_id": EOD,
-    }
-    return TrainLoader(ledger, datasets, **(defaults | options))
+    layout = {"micro_batch_size": 2, "num_microbatches": 3, "data_parallel_rank": 0, "data_parallel_size": 1}
+    builder = {"tensor_group": None, "reads_data": True, "device": torch.device("cpu"), "eod_id": EOD}
+    for name, value in options.items():
+        (layout if name in layout else builder)[name] = value
+    return TrainLoader(ledger, datasets, BatchLayout(**layout), BatchBuilder(seq_length=SEQ_LENGTH, **builder))
 
 
 def expected_rows(ledger: Ledger, datasets: dict[str, Any], start: int, stop: int) -> list[list[int]]:
@@ -203,18 +197,16 @@ def test_validation_is_the_same_for_every_layout(
     seen = []
     lengths = set()
     for rank in range(size):
-        loader = ValidLoader(
-            dataset,
-            max_samples=max_samples,
+        layout = BatchLayout(
             micro_batch_size=micro_batch_size,
             num_microbatches=microbatches,
             data_parallel_rank=rank,
             data_parallel_size=size,
-            tensor_group=None,
-            reads_data=True,
-            device=torch.device("cpu"),
-            eod_id=None,
         )
+        builder = BatchBuilder(
+            seq_length=SEQ_LENGTH, tensor_group=None, reads_data=True, device=torch.device("cpu"), eod_id=None
+        )
+        loader = ValidLoader(dataset, layout, builder, max_samples)
         assert loader.num_samples == count
         passes = [[batches for batches in loader] for _ in range(2)]
         assert [rows(batches) for batches in passes[0]] == [rows(batches) for batches in passes[1]]
