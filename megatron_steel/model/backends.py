@@ -1,16 +1,28 @@
 """Layer backends: which modules a decoder layer is made of. Families never mention one.
 
-``local`` is megatron-core's plain modules, the reference; ``torch`` replaces attention and norm by PyTorch's fused
-kernels; ``transformer_engine`` is chosen when it imports and a GPU is there.
+``local`` is megatron-core's plain modules, the reference; ``torch`` replaces everything between the matrix products by
+our own functions over PyTorch's kernels; ``transformer_engine`` is chosen when it imports and a GPU is there.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 
-from megatron_steel.model.modules import RMSNorm, TorchDotProductAttention
+from megatron_steel.model.modules import (
+    RMSNorm,
+    TorchDotProductAttention,
+    TorchMLP,
+    TorchSelfAttention,
+    get_residual_add,
+)
 from megatron_steel.runtime import device
 
 
@@ -24,6 +36,22 @@ class TorchSpecProvider(LocalSpecProvider):
     def core_attention(self) -> type:
         """Attention over ``scaled_dot_product_attention``."""
         return TorchDotProductAttention
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """The parts of a decoder layer that megatron-core's providers do not choose; its own by default."""
+
+    self_attention: type = SelfAttention
+    mlp: type = MLP
+    residual: Callable[..., Any] = get_bias_dropout_add
+
+
+def layer_parts(provider: BackendSpecProvider) -> LayerParts:
+    """The layer parts that go with a provider."""
+    if isinstance(provider, TorchSpecProvider):
+        return LayerParts(self_attention=TorchSelfAttention, mlp=TorchMLP, residual=get_residual_add)
+    return LayerParts()
 
 
 def have_transformer_engine() -> bool:

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_steel.config.check import virtual_chunks
 from megatron_steel.config.schema import Config
+from megatron_steel.model.backends import layer_parts
 from megatron_steel.runtime import device
 
 
@@ -85,6 +85,7 @@ def layer_spec(provider: BackendSpecProvider, options: TransformerConfig, layers
     """
     fused = provider.fuse_layernorm_and_linear()
     norm = provider.layer_norm(rms_norm=True)
+    parts = layer_parts(provider)
     head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if options.qk_layernorm else IdentityOp
     linear_qkv = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
     names = {
@@ -96,7 +97,7 @@ def layer_spec(provider: BackendSpecProvider, options: TransformerConfig, layers
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=parts.self_attention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_qkv,
@@ -106,10 +107,10 @@ def layer_spec(provider: BackendSpecProvider, options: TransformerConfig, layers
                     k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=parts.residual,
             pre_mlp_layernorm=IdentityOp if fused else norm,
-            mlp=get_mlp_module_spec_for_backend(provider),
-            mlp_bda=get_bias_dropout_add,
+            mlp=ModuleSpec(module=parts.mlp, submodules=get_mlp_module_spec_for_backend(provider).submodules),
+            mlp_bda=parts.residual,
             sharded_state_dict_keys_map={} if fused else names,
         ),
     )

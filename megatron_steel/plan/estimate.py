@@ -142,7 +142,7 @@ def layer_activation_bytes(config: Config, tokens: int) -> int:
     Per token, in elements: norm inputs and outputs 4 H (whole on each tensor-parallel rank unless sequence-parallel);
     output of the fused query-key-value projection (value is a view of it), rotated query and key, attention output;
     query before its norm where it has one; gate and up 2 F and the product that enters the last projection F. Plus
-    fp32 log-sum-exp per head, and one byte per dropout mask element. Without fused SwiGLU (CPU) there are 2 F more.
+    fp32 log-sum-exp per head, and one byte per dropout mask element.
     """
     model, tensor = config.size, config.parallel.tensor_model_parallel_size
     element = 2 if config.training.bf16 else 4
