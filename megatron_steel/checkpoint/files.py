@@ -60,6 +60,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def free_bytes(directory: Path) -> int:
+    """Free bytes of the disk that a directory is on, or will be on when it does not exist yet."""
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically."""
     temporary = path.with_name(path.name + ".tmp")

@@ -10,6 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_steel.checkpoint import files
 from megatron_steel.checkpoint.state import STATE_FILE, TrainState
@@ -46,16 +47,26 @@ def model_state(model: Model) -> dict[str, Any]:
     return state
 
 
-def together(world: World, what: str, work: Callable[[], Any]) -> Any:
+def reason_of(failure: BaseException | None) -> str:
+    """What went wrong on this rank in one line, the last of a message that holds a traceback."""
+    if failure is None or (isinstance(failure, CheckpointException) and not failure.failures):
+        return "another rank failed"
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[-1]
+
+
+def together(world: World, target: Path, work: Callable[[], Any]) -> Any:
     """Run a rank's share of a save; when any rank fails, all of them raise instead of waiting for each other."""
-    failure: Exception | None = None
+    failure: BaseException | None = None
     result = None
     try:
         result = work()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it first
+    # Whatever it is, the other ranks must hear of it first. CheckpointException is no Exception.
+    except (Exception, CheckpointException) as error:  # noqa: BLE001
         failure = error
     if runtime.agree(world, failure is not None):
-        raise SaveError(f"{what}: {failure or 'another rank failed'}") from failure
+        # To the writers below a full disk looks like anything but that: say what is left.
+        free = files.free_bytes(target.parent)
+        raise SaveError(f"saving {target}: {reason_of(failure)} ({free:,} bytes are free on that disk)") from failure
     return result
 
 
@@ -88,12 +99,13 @@ def save(
             sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=OPTIMIZER_LAYOUT)
         dist_checkpointing.save(sharded, str(temporary))
 
-    def write_rest() -> dict[str, dict[str, Any]]:
+    def write_rest() -> None:
         save_file(runtime.rng_state(), temporary / rng_file(world.rank))
         if world.rank == 0:
             files.write_json(temporary / STATE_FILE, state.to_json())
             write_extras(temporary)
-        runtime.barrier(world)
+
+    def describe() -> dict[str, dict[str, Any]]:
         mine = files.list_files(temporary)[world.rank :: world.size]
         return files.describe_files(temporary, mine)
 
@@ -103,12 +115,13 @@ def save(
             files.publish(root, state.iteration, dict(sorted(merged.items())))
             files.remove_old(root, keep)
 
-    where = f"saving {files.checkpoint_directory(root, state.iteration)}"
-    together(world, where, prepare)
-    together(world, where, write_tensors)
-    parts = runtime.gather_objects(world, together(world, where, write_rest))
-    together(world, where, publish)
-    return files.checkpoint_directory(root, state.iteration)
+    target = files.checkpoint_directory(root, state.iteration)
+    together(world, target, prepare)
+    together(world, target, write_tensors)
+    together(world, target, write_rest)
+    parts = runtime.gather_objects(world, together(world, target, describe))
+    together(world, target, publish)
+    return target
 
 
 def rng_file(rank: int) -> str:
@@ -154,14 +167,6 @@ def assign(model: Model, loaded: dict[str, Any]) -> None:
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
         missing, unexpected = module.load_state_dict(loaded[name], strict=False)
         assert not unexpected and all(key.endswith(EXTRA_STATE) for key in missing), (missing, unexpected)
-
-
-def check_whole(checkpoint: Path, world: World) -> None:
-    """Verify every byte of a checkpoint on rank 0; ``ValueError`` on all ranks names the file that changed."""
-    problem = files.problem_with(checkpoint, hashes=True) if world.rank == 0 else None
-    problem = runtime.gather_objects(world, problem)[0]
-    if problem is not None:
-        raise ValueError(f"--load: {problem}")
 
 
 class PlainWeights:
