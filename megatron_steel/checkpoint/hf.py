@@ -144,6 +144,11 @@ def import_hf(folder: Path, root: Path, tensor_parallel_size: int = 1) -> Path:
     check_tensors(source, size)
     tokenizer = tokenizer_of(folder)
     assert size.vocab_size is not None
+    if tokenizer is not None and tokenizer.vocab_size > size.vocab_size:
+        raise ValueError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the embedding only {size.vocab_size} rows; "
+            f"resize the embedding or remove the added tokens"
+        )
     padded = padded_vocab_size(size.vocab_size, size.make_vocab_size_divisible_by, tensor_parallel_size)
     state = TrainState(config=to_flat(config), vocab_size=size.vocab_size, has_optimizer=False)
     temporary = files.temporary_directory(root, 0)

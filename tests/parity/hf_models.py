@@ -60,12 +60,15 @@ NEW_TOKENS = 32
 TEXT_LENGTH = 40
 
 
-def make_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A model in which no weight has the value it would be initialised to: norms are not 1, biases not 0."""
+def make_model(name: str, **more: Any) -> PreTrainedModel:
+    """A model in which no weight has the value it would be initialised to: norms are not 1, biases not 0.
+
+    ``more`` goes into its configuration.
+    """
     kind, changes = CONFIGS[name]
-    values = {**SIZES, **changes}
+    values = {**SIZES, **changes, **more}
     model = AutoModelForCausalLM.from_config(kind(**values)).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
