@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+CACHED_ELEMENTS = 131_072
+
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
     """Loss per token from logits whose last axis is this rank's share of the vocabulary.
@@ -31,16 +33,19 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         peak_SB1 = exp_SBV.amax(-1, keepdim=True)
         if parallel:
             torch.distributed.all_reduce(peak_SB1, torch.distributed.ReduceOp.MAX, group=group)
-        exp_SBV.sub_(peak_SB1)
-
         local_SB1 = (labels_SB - first).unsqueeze(-1)
         here_SB1 = (local_SB1 >= 0) & (local_SB1 < rows)
         local_SB1 = local_SB1.clamp(0, rows - 1)
-        target_SB1 = exp_SBV.gather(-1, local_SB1)
+        target_SB1, total_SB1 = torch.empty_like(peak_SB1), torch.empty_like(peak_SB1)
+        everything = (exp_SBV, peak_SB1, local_SB1, target_SB1, total_SB1)
+        # On a CPU a few rows at a time, so that they are still in the cache for the next of the four operations.
+        on_cpu = exp_SBV.device.type == "cpu"
+        together = max(1, CACHED_ELEMENTS // exp_SBV[0].numel()) if on_cpu else exp_SBV.shape[0]
+        for exp, peak, local, target, total in zip(*(part.split(together) for part in everything), strict=True):
+            torch.gather(exp.sub_(peak), -1, local, out=target)
+            torch.sum(exp.exp_(), -1, keepdim=True, out=total)
         if parallel:
             target_SB1.masked_fill_(~here_SB1, 0.0)
-        total_SB1 = exp_SBV.exp_().sum(-1, keepdim=True)
-        if parallel:
             both = torch.cat((target_SB1, total_SB1), -1)
             torch.distributed.all_reduce(both, group=group)
             target_SB1, total_SB1 = both.split(1, -1)
