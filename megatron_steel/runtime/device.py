@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -77,6 +78,17 @@ def empty_cache() -> None:
     """Give cached device memory back."""
     if has_gpu():
         torch.cuda.empty_cache()
+
+
+def keep_freed_memory() -> bool:
+    """Make the C library keep what a training step frees for the next one; returns whether it could be told.
+
+    glibc gives large blocks back at once and gets them anew, page by page, in the next step. Both settings are those
+    of mallopt(3): no block has a mapping of its own, and the heap never shrinks. The peak stays what it was.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return mallopt is not None and bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, -1))
 
 
 def peak_memory_bytes() -> int:

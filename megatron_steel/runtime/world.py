@@ -95,6 +95,8 @@ def start(
         )
     where = device.bind(local_rank)
     threads = set_threads(local_size) if where.type == "cpu" else torch.get_num_threads()
+    if where.type == "cpu":
+        device.keep_freed_memory()
     timeout = timedelta(minutes=timeout_minutes)
     store = None if dist.is_initialized() else _join(rank, size, timeout)
     parallel_state.initialize_model_parallel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -107,3 +108,16 @@ def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
     assert ended.value.code == 1
+
+
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """A large block that was freed comes back without new pages."""
+    if not device.keep_freed_memory():
+        pytest.skip("the C library has no mallopt")
+    pages = 16 * 2**20 // resource.getpagesize()
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(4 * 2**20)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[-1] < pages / 4
