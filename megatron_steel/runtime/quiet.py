@@ -82,6 +82,11 @@ WARNINGS: tuple[Message, ...] = (
 
 RECORDS: tuple[Message, ...] = (
     Message(
+        "megatron.core.transformer.transformer_layer",
+        "Unknown MLP type",
+        "our feed-forward takes the default group, which is the tensor-parallel one",
+    ),
+    Message(
         "megatron.core.tensor_parallel.random",
         "CPU RNG state changed within GPU RNG context",
         "on the host they are one generator, so dropout changes it by design",
