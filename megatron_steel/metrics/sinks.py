@@ -60,27 +60,27 @@ def open_sinks(config: Config, iteration: int = 0) -> Sinks:
     """The sinks that a checked configuration asks for; call it on one rank only.
 
     ``iteration`` is the last one done before this start: what an earlier attempt reported after it is void.
-    Raises ``ValueError`` when a wanted tracker is not installed.
     """
     logging, save = config.logging, config.checkpoint.save
     sinks: list[Sink] = [ConsoleSink(config.training.train_iters, config.training.global_batch_size or 0)]
     if save is not None:
         sinks.append(JsonlSink(Path(save) / METRICS_FILE))
     if logging.tensorboard_dir is not None:
-        need_package("tensorboard", "--tensorboard-dir")
         sinks.append(TensorBoardSink(Path(logging.tensorboard_dir), iteration))
     if logging.wandb_project is not None:
-        need_package("wandb", "--wandb-project")
         identity = wandb_identity(Path(save)) if save is not None else uuid.uuid4().hex[:8]
         folder = Path(logging.wandb_save_dir or save or ".")
         sinks.append(WandbSink(logging.wandb_project, logging.wandb_exp_name, identity, folder, to_flat(config)))
     return Sinks(sinks)
 
 
-def need_package(name: str, flag: str) -> None:
-    """``ValueError`` when a flag needs a package that is not installed."""
-    if importlib.util.find_spec(name) is None:
-        raise ValueError(f"{flag} needs the package {name}; install it (pip install {name}) or leave the flag out")
+def check_packages(config: Config) -> None:
+    """``ValueError`` when a wanted tracker is not installed."""
+    wanted = {"tensorboard": config.logging.tensorboard_dir, "wandb": config.logging.wandb_project}
+    flags = {"tensorboard": "--tensorboard-dir", "wandb": "--wandb-project"}
+    for name in (name for name, value in wanted.items() if value is not None):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"{flags[name]} needs the package {name}; pip install {name}, or leave the flag out")
 
 
 def warn(text: str) -> None:

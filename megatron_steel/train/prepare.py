@@ -16,6 +16,7 @@ from megatron_steel.config.schema import Config
 from megatron_steel.data.order import Ledger, SourceSpec
 from megatron_steel.data.sources import DataSources, TokenizerFacts, open_sources
 from megatron_steel.data.windows import WindowedDataset
+from megatron_steel.metrics.sinks import check_packages
 from megatron_steel.model.backends import choose_backend
 from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
 from megatron_steel.text.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
@@ -180,6 +181,7 @@ def prepare(config: Config) -> Prepared:
     """
     warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     choose_backend(config.parallel.transformer_impl)
+    check_packages(config)
     checkpoint, weights_only = find_start(config, warnings)
     if checkpoint is not None:
         check_bytes(checkpoint)

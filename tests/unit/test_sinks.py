@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from megatron_steel.config.schema import CheckpointConfig, Config, LoggingConfig, TrainingConfig
 from megatron_steel.metrics import sinks
-from megatron_steel.metrics.sinks import ConsoleSink, JsonlSink, TensorBoardSink, WandbSink, open_sinks, read_metrics
+from megatron_steel.metrics.sinks import (
+    ConsoleSink,
+    JsonlSink,
+    TensorBoardSink,
+    WandbSink,
+    check_packages,
+    open_sinks,
+    read_metrics,
+)
 
 ROW = {
     "iteration": 20,
@@ -269,4 +277,4 @@ def test_open_sinks_follows_the_configuration(tmp_path: Path, monkeypatch: pytes
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 4, "loss": 1.0}]
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--tensorboard-dir needs the package tensorboard"):
-        open_sinks(config)
+        check_packages(config)
