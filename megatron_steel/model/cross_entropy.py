@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CACHED_ELEMENTS = 131_072
+CACHED_ELEMENTS = 524_288
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):

@@ -9,6 +9,7 @@ Shapes: S sequence, B micro-batch, N query heads, G key/value heads, D head widt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out[..., half:].addcmul_(x[..., :half], sin)
 
 
+@functools.lru_cache(maxsize=8)
+def rotary_table(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos [S, 1, 1, 1, D] and sin [S, 1, 1, 1, D / 2] of megatron-core's angles [S, 1, 1, D], whose halves are equal.
+
+    Remembered by the identity of ``angles``: megatron-core hands the same tensor to every layer and step.
+    """
+    angles = angles.unsqueeze(2)
+    return angles.cos().to(dtype), angles[..., : angles.shape[-1] // 2].sin().to(dtype)
+
+
 class SplitAndRotate(torch.autograd.Function):
     """Take queries, keys and values apart and turn the first two by their positions.
 
@@ -164,8 +175,7 @@ class TorchSelfAttention(SelfAttention):
                 **rest,
             )
         mixed, _ = self.linear_qkv(hidden_states)
-        angles = rotary_pos_emb.unsqueeze(2)
-        cos, sin = angles.cos().to(mixed.dtype), angles[..., : angles.shape[-1] // 2].sin().to(mixed.dtype)
+        cos, sin = rotary_table(rotary_pos_emb, mixed.dtype)
         query, key, value = SplitAndRotate.apply(mixed, cos, sin, self.num_query_groups_per_partition)
         return self.linear_proj(self.core_attention(query, key, value, attention_mask))
 
