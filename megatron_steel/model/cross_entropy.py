@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-CACHED_ELEMENTS = 524_288
+from megatron_steel.model.blocks import row_blocks
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -37,11 +37,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         here_SB1 = (local_SB1 >= 0) & (local_SB1 < rows)
         local_SB1 = local_SB1.clamp(0, rows - 1)
         target_SB1, total_SB1 = torch.empty_like(peak_SB1), torch.empty_like(peak_SB1)
-        everything = (exp_SBV, peak_SB1, local_SB1, target_SB1, total_SB1)
-        # On a CPU a few rows at a time, so that they are still in the cache for the next of the four operations.
-        on_cpu = exp_SBV.device.type == "cpu"
-        together = max(1, CACHED_ELEMENTS // exp_SBV[0].numel()) if on_cpu else exp_SBV.shape[0]
-        for exp, peak, local, target, total in zip(*(part.split(together) for part in everything), strict=True):
+        for exp, peak, local, target, total in row_blocks(exp_SBV, peak_SB1, local_SB1, target_SB1, total_SB1):
             torch.gather(exp.sub_(peak), -1, local, out=target)
             torch.sum(exp.exp_(), -1, keepdim=True, out=total)
         if parallel:

@@ -25,6 +25,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_steel.model.blocks import row_blocks
+
 
 class TorchDotProductAttention(torch.nn.Module):
     """Scaled dot-product attention through ``scaled_dot_product_attention`` (flash / cuDNN on GPU, flash on CPU)."""
@@ -64,19 +66,16 @@ class TorchDotProductAttention(torch.nn.Module):
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
-        sequence, batch = query.shape[:2]
-        # All heads of all samples are one axis: the kernels then write [S, B * N, D], which is the layout wanted, and
-        # nothing is copied. Query head b * N + n still finds its key head b * G + n // (N / G).
-        out_1NSD = F.scaled_dot_product_attention(
-            query.flatten(1, 2).transpose(0, 1).unsqueeze(0),
-            key.flatten(1, 2).transpose(0, 1).unsqueeze(0),
-            value.flatten(1, 2).transpose(0, 1).unsqueeze(0),
+        out_BNSD = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return out_1NSD.squeeze(0).transpose(0, 1).reshape(sequence, batch, -1)
+        return out_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -112,27 +111,31 @@ class SplitAndRotate(torch.autograd.Function):
 
         cos [S, 1, 1, 1, D], sin [S, 1, 1, 1, D / 2]. A group's columns are its queries, its key, its value.
         """
-        width = cos.shape[-1]
-        mixed_SBGND = mixed.view(*mixed.shape[:2], groups, -1, width)
-        per_group = mixed_SBGND.shape[3] - 2
-        query = mixed.new_empty(*mixed.shape[:2], groups, per_group, width)
-        key = mixed.new_empty(*mixed.shape[:2], groups, 1, width)
-        rotate(mixed_SBGND[:, :, :, :per_group], cos, sin, query)
-        rotate(mixed_SBGND[:, :, :, per_group:-1], cos, sin, key)
+        mixed_SBGND = mixed.view(*mixed.shape[:2], groups, -1, cos.shape[-1])
+        # One sample's positions follow each other in memory: attention over rows B * N * D apart is a fifth slower on a
+        # CPU, where such a distance (a power of two, as a rule) maps them all to the same few lines of the cache.
+        sequence, batch, _, per_group, width = mixed_SBGND.shape
+        query = mixed.new_empty(batch, sequence, groups, per_group - 2, width).transpose(0, 1)
+        key, value = (mixed.new_empty(batch, sequence, groups, width).transpose(0, 1) for _ in range(2))
+        for rows, cos_rows, sin_rows, q, k, v in row_blocks(mixed_SBGND, cos, sin, query, key, value):
+            rotate(rows[:, :, :, :-2], cos_rows, sin_rows, q)
+            rotate(rows[:, :, :, -2:-1], cos_rows, sin_rows, k.unsqueeze(3))
+            v.copy_(rows[:, :, :, -1])
         # Not saved as tensors of the graph: the table may have been made in inference mode, which forbids that.
         ctx.cos, ctx.sin = cos, sin
-        return query.flatten(2, 3), key.flatten(2, 3), mixed_SBGND[:, :, :, -1]
+        return query.flatten(2, 3), key, value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """The transposed rotation is the rotation by the negative angle."""
         query, key, value = grads
-        groups, width = key.shape[2:]
-        per_group = query.shape[2] // groups
-        mixed = query.new_empty(*query.shape[:2], groups, per_group + 2, width)
-        rotate(query.unflatten(2, (groups, per_group)), ctx.cos, -ctx.sin, mixed[:, :, :, :per_group])
-        rotate(key.unsqueeze(3), ctx.cos, -ctx.sin, mixed[:, :, :, per_group:-1])
-        mixed[:, :, :, -1].copy_(value)
+        sequence, batch, groups, width = key.shape
+        query_SBGND = query.unflatten(2, (groups, -1))
+        mixed = query.new_empty(sequence, batch, groups, query_SBGND.shape[3] + 2, width)
+        for rows, cos, sin, q, k, v in row_blocks(mixed, ctx.cos, -ctx.sin, query_SBGND, key, value):
+            rotate(q, cos, sin, rows[:, :, :, :-2])
+            rotate(k.unsqueeze(3), cos, sin, rows[:, :, :, -2:-1])
+            rows[:, :, :, -1].copy_(v)
         return mixed.flatten(2), None, None, None
 
 
@@ -187,18 +190,22 @@ class SwiGLUFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """x [..., 2 F] -> [..., F]; keeps x only."""
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        result = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        for both, out in row_blocks(x, result):
+            gate, up = both.chunk(2, -1)
+            torch.ops.aten.silu.out(gate, out=out).mul_(up)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """Both halves of the gradient are written where they belong, so nothing is joined afterwards."""
         (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, -1)
         grad_x = torch.empty_like(x)
-        grad_gate, grad_up = grad_x.chunk(2, -1)
-        torch.mul(F.silu(gate), grads[0], out=grad_up)
-        torch.ops.aten.silu_backward(grads[0] * up, gate, grad_input=grad_gate)
+        for both, grad, grad_both in row_blocks(x, grads[0], grad_x):
+            gate, up = both.chunk(2, -1)
+            grad_gate, grad_up = grad_both.chunk(2, -1)
+            torch.mul(F.silu(gate), grad, out=grad_up)
+            torch.ops.aten.silu_backward(grad * up, gate, grad_input=grad_gate)
         return grad_x
 
 
@@ -238,21 +245,30 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., H], weight [H] -> [..., H] in x's dtype."""
-        wide = x.float()
-        inverse = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps)).unsqueeze(-1)
+        y, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        for rows, out, inverse_rms in row_blocks(x, y, inverse):
+            wide = rows.float()
+            torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).unsqueeze(-1), out=inverse_rms)
+            out.copy_(wide * inverse_rms) if wide is not rows else torch.mul(wide, inverse_rms, out=out)
+            out.mul_(weight)
         ctx.save_for_backward(x, weight, inverse)
-        return wide.mul(inverse).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        """dx = (g - xhat * mean(g * xhat)) / rms with g = dy * weight; dweight = sum over rows of dy * xhat."""
+        """dx = (dy * weight - x * mean(dy * weight * x) / rms^2) / rms; dweight = sum over rows of dy * x / rms."""
         x, weight, inverse = ctx.saved_tensors
-        grad = grads[0].float()
-        xhat = x.float() * inverse
-        grad_weight = (grad * xhat).flatten(0, -2).sum(0).to(weight.dtype)
-        inner = grad * weight.float()
-        shared = torch.linalg.vecdot(inner, xhat).div_(x.shape[-1]).unsqueeze(-1)
-        return inner.addcmul_(xhat, shared, value=-1.0).mul_(inverse).to(x.dtype), grad_weight, None
+        wide_weight = weight.float()
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(wide_weight)
+        everything = (part.flatten(0, -2) for part in (x, grads[0], inverse, grad_x))
+        for rows, grad, inverse_rms, out in row_blocks(*everything):
+            rows, grad = rows.float(), grad.float()
+            product = grad * rows
+            grad_weight.addmv_(product.t(), inverse_rms.squeeze(-1))
+            shared = torch.mv(product, wide_weight).unsqueeze(-1).mul_(inverse_rms.square()).div_(-x.shape[-1])
+            inner = torch.mul(rows, shared, out=product).addcmul_(grad, wide_weight)
+            out.copy_(inner.mul_(inverse_rms)) if out.dtype != inner.dtype else torch.mul(inner, inverse_rms, out=out)
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 class RMSNorm(torch.nn.Module):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import WorkerPool
 
+from megatron_steel.model import blocks
 from megatron_steel.model.cross_entropy import cross_entropy
 
 SEQUENCE, BATCH = 5, 3
@@ -38,12 +39,20 @@ def weights() -> torch.Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(valid=st.integers(2, 40), padding=st.integers(0, 9), seed=st.integers(0, 9), scale=st.sampled_from([0.1, 4, 60]))
-def test_value_and_gradient(valid: int, padding: int, seed: int, scale: float) -> None:
+@given(
+    valid=st.integers(2, 40),
+    padding=st.integers(0, 9),
+    seed=st.integers(0, 9),
+    scale=st.sampled_from([0.1, 4, 60]),
+    cached=st.sampled_from([1, 150, blocks.CACHED_ELEMENTS]),
+)
+def test_value_and_gradient(valid: int, padding: int, seed: int, scale: float, cached: int) -> None:
     logits, labels = example(valid + padding, valid, seed, scale)
     losses, gradient = expected(logits, labels, valid)
     leaf = logits.clone().requires_grad_()
-    ours = cross_entropy(leaf * 1.0, labels, valid, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "CACHED_ELEMENTS", cached)
+        ours = cross_entropy(leaf * 1.0, labels, valid, None)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), losses, rtol=2e-6, atol=2e-5)
     (ours * weights()).sum().backward()

@@ -1,4 +1,4 @@
-"""RMSNorm against numpy in float64 and finite differences; attention against its formula in float64."""
+"""Modules against their formulas in float64, whole and in blocks of rows: RMSNorm, SwiGLU, rotation, attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_steel.model.modules import RMSNorm, RMSNormFunction, TorchDotProductAttention
+from megatron_steel.model import blocks
+from megatron_steel.model.modules import (
+    RMSNorm,
+    RMSNormFunction,
+    SplitAndRotate,
+    SwiGLUFunction,
+    TorchDotProductAttention,
+    rotary_table,
+)
+
+
+@pytest.fixture(autouse=True, params=[blocks.CACHED_ELEMENTS, 1, 100], ids=["whole", "rows", "blocks"])
+def elements_per_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with one block, with a block for each row, and with blocks that do not divide the rows."""
+    monkeypatch.setattr(blocks, "CACHED_ELEMENTS", request.param)
 
 
 def config(**changes: object) -> TransformerConfig:
@@ -64,6 +78,42 @@ def test_rms_norm_marks_its_weight_for_sequence_parallelism() -> None:
     assert RMSNorm(config(), 32).weight.sequence_parallel is False
     split = config(tensor_model_parallel_size=2, sequence_parallel=True)
     assert RMSNorm(split, 32).weight.sequence_parallel is True
+
+
+def check_against_float64(ours: list[torch.Tensor], exact: list[torch.Tensor], grad: torch.Tensor) -> None:
+    """Outputs, and the gradients of the first tensor of each list, which is the leaf they were computed from."""
+    (mine, *outputs), (leaf, *expected) = ours, exact
+    for output, value in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output.double(), value, rtol=1e-5, atol=1e-6)
+    for total, inputs in ((outputs, mine), (expected, leaf)):
+        sum((output.flatten() * grad[: output.numel()].to(output.dtype)).sum() for output in total).backward()  # type: ignore[union-attr]
+    assert mine.grad is not None and leaf.grad is not None
+    torch.testing.assert_close(mine.grad.double(), leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_swiglu_value_and_gradient() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, grad = torch.randn(7, 2, 24, generator=generator), torch.randn(7 * 2 * 12, generator=generator)
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    gate, up = exact[..., :12], exact[..., 12:]
+    check_against_float64([ours, SwiGLUFunction.apply(ours)], [exact, gate / (1 + torch.exp(-gate)) * up], grad)
+
+
+def test_split_and_rotate_value_and_gradient() -> None:
+    """Two groups of three queries, a key and a value; each rotated by its position as a complex number is."""
+    generator = torch.Generator().manual_seed(4)
+    sequence, batch, groups, per_group, width = 7, 3, 2, 3, 8
+    mixed = torch.randn(sequence, batch, groups * (per_group + 2) * width, generator=generator)
+    grad = torch.randn(mixed.numel(), generator=generator)
+    angles = torch.arange(sequence)[:, None] * 10.0 ** -torch.arange(width // 2)
+    cos, sin = rotary_table(torch.cat((angles, angles), -1)[:, None, None], torch.float32)
+    ours, exact = mixed.clone().requires_grad_(), mixed.double().requires_grad_()
+    parts = exact.view(sequence, batch, groups, per_group + 2, width)
+    turn = torch.polar(torch.ones_like(angles).double(), angles.double())[:, None, None, None]
+    turned = torch.complex(parts[..., : width // 2], parts[..., width // 2 :]) * turn
+    rotated = torch.cat((turned.real, turned.imag), -1)
+    expected = [rotated[:, :, :, :per_group].flatten(2, 3), rotated[:, :, :, per_group], parts[:, :, :, per_group + 1]]
+    check_against_float64([ours, *SplitAndRotate.apply(ours, cos, sin, groups)], [exact, *expected], grad)
 
 
 def exact_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool) -> torch.Tensor:
