@@ -85,8 +85,9 @@ def check_against_float64(ours: list[torch.Tensor], exact: list[torch.Tensor], g
     (mine, *outputs), (leaf, *expected) = ours, exact
     for output, value in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output.double(), value, rtol=1e-5, atol=1e-6)
-    for total, inputs in ((outputs, mine), (expected, leaf)):
-        sum((output.flatten() * grad[: output.numel()].to(output.dtype)).sum() for output in total).backward()  # type: ignore[union-attr]
+    for results in (outputs, expected):
+        sums = [(result.flatten() * grad[: result.numel()].to(result.dtype)).sum() for result in results]
+        torch.stack(sums).sum().backward()
     assert mine.grad is not None and leaf.grad is not None
     torch.testing.assert_close(mine.grad.double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
