@@ -34,6 +34,22 @@ def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if vocab_size < UINT16_VOCABULARY else np.dtype(np.int32)
 
 
+def content_fingerprint(prefix: str, window: int = FINGERPRINT_WINDOW) -> str:
+    """sha256 hex over both sizes and the first and last ``window`` bytes of each file of a dataset.
+
+    Independent of name and place, quick for any size. A change further inside than ``window`` is not seen.
+    """
+    total = hashlib.sha256()
+    for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
+        size = path.stat().st_size
+        total.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as stream:
+            total.update(stream.read(window))
+            stream.seek(max(0, size - window))
+            total.update(stream.read())
+    return total.hexdigest()
+
+
 class IndexedReader:
     """A memory-mapped dataset whose two files have been checked against each other.
 
@@ -133,19 +149,8 @@ class IndexedReader:
         return self._tokens[start : start + int(self.sequence_lengths[first:last].sum(dtype=np.int64))]
 
     def fingerprint(self) -> str:
-        """Content fingerprint for telling datasets apart: independent of name and place, quick for any size.
-
-        sha256 over both sizes and the first and last 64 KiB of each file.
-        """
-        total = hashlib.sha256()
-        for path in (self.idx_path, self.bin_path):
-            size = path.stat().st_size
-            total.update(size.to_bytes(8, "little"))
-            with open(path, "rb") as stream:
-                total.update(stream.read(FINGERPRINT_WINDOW))
-                stream.seek(max(0, size - FINGERPRINT_WINDOW))
-                total.update(stream.read())
-        return total.hexdigest()
+        """Content fingerprint for telling datasets apart; see :func:`content_fingerprint`."""
+        return content_fingerprint(self.prefix)
 
 
 class IndexedWriter:
