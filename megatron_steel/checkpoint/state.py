@@ -26,6 +26,8 @@ class TrainState:
     """Samples drawn from the ledger."""
     consumed_tokens: int = 0
     """Tokens that counted in a loss."""
+    consumed_tokens_by_source: dict[str, int] = field(default_factory=dict)
+    """Tokens read from each source of the ledger, those that did not count in a loss too."""
     skipped_iterations: int = 0
     """Steps whose gradient was not finite and that left the weights alone."""
     ledger: dict[str, Any] = field(default_factory=dict)

@@ -74,6 +74,9 @@ def check_ranges(config: Config) -> None:
             value = getattr(group, name)
             if value is not None and value < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {value}")
+    for epochs in config.data.target_epochs:
+        if not (math.isfinite(epochs) and epochs >= 0):
+            raise ValueError(f"--target-epochs must be numbers of 0 or more, not {epochs}")
     shares = ((config.size, ("attention_dropout", "hidden_dropout")), (options, ("adam_beta1", "adam_beta2")))
     for owner, share_names in shares:
         for name in share_names:

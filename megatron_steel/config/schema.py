@@ -13,6 +13,7 @@ ModelFamily = Literal["llama", "mistral", "qwen2", "qwen3"]
 TransformerImpl = Literal["auto", "transformer_engine", "torch", "local"]
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+DataFingerprint = Literal["fast", "full"]
 WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 
@@ -108,8 +109,14 @@ class DataConfig:
     """Training data in the same forms; instead of data_path and split."""
     valid_data_path: list[str] = field(default_factory=list)
     """Validation sets as NAME=PREFIX or PREFIX; each is evaluated and logged by name."""
+    target_epochs: list[float] = field(default_factory=list)
+    """Epochs to see of each source of the data path, in its order, instead of weights; 0 leaves a source out."""
+    data_phases: list[str] = field(default_factory=list)
+    """Weights by source name from a point on: "start_tokens=2e9 web=0.3 books=0.7" (or start_iteration, _samples)."""
     append_data: bool = False
-    """On resume, accept other sources or weights: a new segment opens over unused old and all new windows."""
+    """On resume, accept other sources, weights or future phases: a new segment opens over all unused windows."""
+    data_fingerprint: DataFingerprint = "fast"
+    """How data files are told apart: size, ends and the recorded hash (fast), or every byte, read at start (full)."""
     max_epochs_per_source: float = 4.0
     """Refuse a run that would repeat a source more often than this."""
     eod_mask_loss: bool = False

@@ -183,8 +183,8 @@ class BatchBuilder:
 class TrainLoader:
     """The micro-batches of optimizer steps, in the order of a ledger, read one step ahead.
 
-    datasets: fingerprint -> windows, for every source of the ledger's open segment. Use as a context manager or call
-    close().
+    datasets: fingerprint -> windows, for every source that samples from `first_sample` on are drawn from (None: those
+    of the last segment). Use as a context manager or call close().
     Raises ValueError if a dataset is missing or is not the one the ledger describes.
     """
 
@@ -194,8 +194,9 @@ class TrainLoader:
         datasets: Mapping[str, WindowedDataset],
         layout: BatchLayout,
         builder: BatchBuilder,
+        first_sample: int | None = None,
     ) -> None:
-        _check_datasets(ledger, datasets)
+        _check_datasets(ledger, datasets, ledger.segments[-1].start if first_sample is None else first_sample)
         self.ledger = ledger
         self.layout = layout
         self.builder = builder
@@ -286,12 +287,13 @@ class ValidLoader:
             yield self.builder.build(host, np.full(windows.shape, -1), present)
 
 
-def _check_datasets(ledger: Ledger, datasets: Mapping[str, WindowedDataset]) -> None:
-    """Raise ValueError unless `datasets` has every source that the ledger still draws from, with the same windows."""
+def _check_datasets(ledger: Ledger, datasets: Mapping[str, WindowedDataset], first_sample: int) -> None:
+    """Raise ValueError unless `datasets` has all that is drawn from `first_sample` on, with the ledger's windows."""
+    needed = ledger.drawn_from(first_sample)
     for source in ledger.sources:
         dataset = datasets.get(source.fingerprint)
         if dataset is None:
-            if source.weight:
+            if source.fingerprint in needed:
                 raise ValueError(f"source {source.name!r} of the data order is not open; give its file in --data-path")
             continue
         if (len(dataset), dataset.seq_length) != (source.windows, ledger.seq_length):

@@ -2,7 +2,8 @@
 
 A run's order is a list of segments, kept as JSON in every checkpoint. `Ledger.sample(n)` is a pure function of it: it
 does not depend on the length of the run, the number of ranks, the micro-batch or how it is asked. Appending data closes
-the open segment and opens one over the unused windows of the old sources and all windows of the new ones.
+the open segment and opens one over the unused windows of the old sources and all windows of the new ones. Segments may
+start in the future: phases of other weights are planned that way (data/phases.py).
 
 Within a segment, data/blend.py says which source serves sample n and which draw of that source this is; the draws of a
 source walk through its epochs, and each epoch visits its windows in the order of a stateless shuffle (data/shuffle.py).
@@ -153,6 +154,29 @@ class Ledger:
         """Return how often each of `sources` was seen in samples [0, n), float64: draws / windows."""
         return self.consumed(n) / np.array([source.windows for source in self.sources])
 
+    def segment_at(self, n: int) -> int:
+        """Return the number of the segment that sample n belongs to."""
+        return max(number for number, segment in enumerate(self.segments) if segment.start <= max(n, 0))
+
+    def sources_at(self, n: int) -> list[SourceSpec]:
+        """Return what sample n is drawn from, with shares as weights."""
+        return [
+            SourceSpec(s.name, s.fingerprint, s.windows, s.share) for s in self.segments[self.segment_at(n)].sources
+        ]
+
+    def drawn_from(self, start: int, stop: int = blend.MAX_DRAWS) -> set[str]:
+        """Return the fingerprints of the sources that samples [start, stop) may come from."""
+        segments = self.segments[self.segment_at(start) :]
+        return {source.fingerprint for g in segments if g.start < stop for source in g.sources}
+
+    def until(self, n: int) -> Ledger:
+        """Return this ledger without the segments from sample n on, which nobody has seen; the first always stays."""
+        return Ledger(self.seq_length, tuple(g for i, g in enumerate(self.segments) if i == 0 or g.start < n))
+
+    def unused(self, n: int) -> dict[str, int]:
+        """Return by fingerprint the windows of every source's present epoch that samples [0, n) have not drawn."""
+        return {fingerprint: remaining for fingerprint, (_, remaining) in self.until(n)._positions(n).items()}
+
     def append(self, consumed_samples: int, sources: Sequence[SourceSpec], seed: int) -> Ledger:
         """Return this ledger with a segment over `sources` from sample `consumed_samples` on.
 
@@ -172,10 +196,11 @@ class Ledger:
         segment = _open_segment(consumed_samples, seed, sources, self._positions(consumed_samples))
         return Ledger(self.seq_length, (*self.segments, segment))
 
-    def check(self, sources: Sequence[SourceSpec], seq_length: int) -> None:
+    def check(self, sources: Sequence[SourceSpec], seq_length: int, at: int | None = None) -> None:
         """Raise a ValueError that names every difference between this run's data and `sources`.
 
-        A file that only moved or was renamed is the same source; the order of the list does not matter.
+        Compared is what sample `at` is drawn from (None: the last segment). A file that only moved or was renamed is
+        the same source; the order of the list does not matter.
         """
         if seq_length != self.seq_length:
             raise ValueError(
@@ -184,24 +209,27 @@ class Ledger:
             )
         given = [source for source in sources if source.weight]
         refuse_duplicates(given)
-        problems = differences([source for source in self.sources if source.weight], given, appending=False)
+        known = self.sources_at(self.segments[-1].start if at is None else at)
+        problems = differences(known, given, appending=False)
         if problems:
             raise ValueError(f"the data differs from the checkpoint's: {'; '.join(problems)}")
 
     def epoch_table(self, total_samples: int) -> list[EpochRow]:
         """Return what a run of `total_samples` takes from each source, to be printed before step 0."""
+        shares = {source.fingerprint: source.weight for source in self.sources_at(total_samples - 1)}
         return [
-            EpochRow(source.name, source.weight, source.windows, int(samples), float(samples / source.windows))
-            for source, samples in zip(self.sources, self.consumed(total_samples), strict=True)
+            EpochRow(s.name, shares.get(s.fingerprint, 0.0), s.windows, int(samples), float(samples / s.windows))
+            for s, samples in zip(self.sources, self.consumed(total_samples), strict=True)
         ]
 
-    def check_max_epochs(self, total_samples: int, max_epochs_per_source: float) -> None:
+    def check_max_epochs(self, total_samples: int, max_epochs_per_source: float, consumed_samples: int = 0) -> None:
         """Raise ValueError if a run of `total_samples` sees a source more often than `max_epochs_per_source` times.
 
-        Sources that were dropped are not judged: nothing can be changed about their past.
+        Sources from which nothing is drawn after `consumed_samples` are not judged: their past cannot be changed.
         """
-        for row in self.epoch_table(total_samples):
-            if row.share and row.epochs > max_epochs_per_source:
+        coming = self.drawn_from(consumed_samples, total_samples)
+        for source, row in zip(self.sources, self.epoch_table(total_samples), strict=True):
+            if source.fingerprint in coming and row.epochs > max_epochs_per_source:
                 raise ValueError(
                     f"source {row.name!r} would be seen {row.epochs:.4g} times ({row.samples} samples of {row.windows} "
                     f"windows), more than --max-epochs-per-source {max_epochs_per_source:g}: add data, lower its "

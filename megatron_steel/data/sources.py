@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from megatron_steel.data.identity import Candidate, Known, content_hashes, known_hash
 from megatron_steel.data.indexed import IndexedReader, read_sidecar
 from megatron_steel.data.order import SourceSpec
+from megatron_steel.data.phases import Weighting
 from megatron_steel.data.windows import WindowedDataset, split_documents
 
 # A file without a sidecar is scanned for ids that are out of range: all of it up to this many tokens, else samples.
@@ -35,6 +37,8 @@ class DataSources:
     train: list[SourceSpec] = field(default_factory=list)
     datasets: dict[str, WindowedDataset] = field(default_factory=dict)
     valid: dict[str, WindowedDataset] = field(default_factory=dict)
+    weighting: Weighting = "weights"
+    """What the weights of `train` are."""
     notes: list[str] = field(default_factory=list)
     """Lines to print: what was left out, and why."""
 
@@ -48,11 +52,18 @@ def open_sources(
     seq_length: int,
     seed: int,
     tokenizer: TokenizerFacts | None,
+    target_epochs: Sequence[float] = (),
+    later: Collection[str] = (),
+    known: Mapping[str, Known] | None = None,
+    read_all: bool = False,
+    verify: bool = True,
 ) -> DataSources:
     """Open the training and validation data that these options name.
 
     seed orders the documents of the training data; on resume it is the ledger's (`Ledger.seed`), else the fingerprints
-    differ. tokenizer None skips the check of token ids (tools that only look at data).
+    differ. tokenizer None skips the check of token ids (tools that only look at data). later: names of sources that a
+    phase draws from, which are opened with weight 0 too. known: the sources of the checkpoint by fingerprint.
+    read_all: name every source by all of its tokens; verify: compare them with what preprocessing recorded.
     Raises ValueError for options that contradict each other, a missing or damaged file, data of another tokenizer, or a
     source without a single window.
     """
@@ -60,8 +71,13 @@ def open_sources(
         raise ValueError("give the training data as either --data-path (with --split) or --train-data-path")
     weighted = parse_data_path(data_path or train_data_path, "--data-path" if data_path else "--train-data-path")
     names = source_names([prefix for _, prefix in weighted])
-    result = DataSources()
-    for (weight, prefix), name in zip(weighted, names, strict=True):
+    result = DataSources(weighting=_weighting(weighted, target_epochs))
+    opened: list[tuple[float, Candidate]] = []
+    for number, ((weight, prefix), name) in enumerate(zip(weighted, names, strict=True)):
+        # As in Megatron-LM a weight of 0 leaves the source out.
+        left_out = weight == 0 or (bool(target_epochs) and target_epochs[number] == 0)
+        if left_out and name not in later:
+            continue
         reader = open_indexed(prefix, tokenizer)
         documents = (0, reader.num_documents)
         if data_path:
@@ -69,9 +85,17 @@ def open_sources(
             if not valid_data_path:
                 _add_split_valid(result, name, prefix, reader, held_out, seq_length)
         dataset = WindowedDataset(prefix, seq_length, documents, seed, reader=reader)
+        dataset = WindowedDataset(prefix, seq_length, documents, seed, reader=reader)
         # Without weights every window counts the same, so all sources finish an epoch at the same sample.
-        spec = SourceSpec(name, dataset.fingerprint, len(dataset), float(len(dataset)) if weight is None else weight)
-        result.train.append(spec)
+        share = float(len(dataset)) * (target_epochs[number] if target_epochs else 1.0)
+        opened.append(
+            (share if weight is None else weight, Candidate(name, dataset, known_hash(reader, read_all, verify)))
+        )
+    hashes = content_hashes([candidate for _, candidate in opened], known or {})
+    for (share, candidate), bin_sha256 in zip(opened, hashes, strict=True):
+        dataset = candidate.dataset
+        dataset.fingerprint = dataset.content_name(bin_sha256)
+        result.train.append(SourceSpec(candidate.name, dataset.fingerprint, len(dataset), share))
         result.datasets[dataset.fingerprint] = dataset
     if data_path and valid_data_path:
         result.notes.append("--valid-data-path replaces the validation share of --split, which is not used at all")
@@ -79,6 +103,18 @@ def open_sources(
         reader = open_indexed(prefix, tokenizer)
         result.valid[name] = WindowedDataset(prefix, seq_length, shuffle_documents=False, reader=reader)
     return result
+
+
+def _weighting(weighted: Sequence[tuple[float | None, str]], target_epochs: Sequence[float]) -> Weighting:
+    """What the weights are; raises ValueError for target epochs beside weights, or of another number."""
+    written = any(weight is not None for weight, _ in weighted)
+    if not target_epochs:
+        return "weights" if written else "windows"
+    if written:
+        raise ValueError("give weights in the data path or --target-epochs, not both")
+    if len(target_epochs) != len(weighted):
+        raise ValueError(f"--target-epochs has {len(target_epochs)} numbers for {len(weighted)} sources; give one each")
+    return "epochs"
 
 
 def _add_split_valid(
@@ -113,8 +149,7 @@ def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[tu
     for prefix, count in Counter(prefixes).items():
         if count > 1:
             raise ValueError(f"{flag} lists {prefix} {count} times; list it once, with a higher weight")
-    # As in Megatron-LM a weight of 0 leaves the source out.
-    return [(weight, prefix) for weight, prefix in zip(weights, prefixes, strict=True) if weight != 0]
+    return list(zip(weights, prefixes, strict=True))
 
 
 def parse_valid_data_path(values: Sequence[str]) -> list[tuple[str, str]]:

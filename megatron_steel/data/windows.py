@@ -25,7 +25,8 @@ class WindowedDataset:
     every segment of a run and on every machine. `shuffle_documents=False` keeps the order of the file (validation).
     Raises ValueError if the range is not in the file or holds less than one window.
 
-    fingerprint: names file content, range and document order, wherever the file lies (str, 64 hex digits).
+    fingerprint: names file content, range and document order, wherever the file lies (str, 64 hex digits); from the
+    fast key of the file, unless data/identity.py knows more.
     num_tokens: tokens in the range. dropped_tokens: those at the end of the stream that are in no window.
     """
 
@@ -50,7 +51,8 @@ class WindowedDataset:
             raise ValueError(f"{prefix}: more than {INT32_MAX} documents; split the file")
         content = self.reader.fingerprint()
         order_name = f"seed {seed}" if shuffle_documents else "file order"
-        self.fingerprint = hashlib.sha256(f"windows 1|{content}|{first}|{last}|{order_name}".encode()).hexdigest()
+        self._description = f"{content}|{first}|{last}|{order_name}"
+        self.fingerprint = self.content_name(None)
         lengths = self._document_lengths(first, last)
         self.num_tokens = int(lengths.sum(dtype=np.int64))
         if self.num_tokens <= seq_length:
@@ -65,6 +67,11 @@ class WindowedDataset:
         self._starts = _window_starts(lengths, self._documents, seq_length, self.num_tokens)
         self._documents += first
         self.dropped_tokens = self.num_tokens - len(self) * seq_length - 1
+
+    def content_name(self, bin_sha256: str | None) -> str:
+        """Return the fingerprint by the fast key alone (None), or by it and the sha256 of the .bin file."""
+        version = "windows 1" if bin_sha256 is None else f"windows 2|{bin_sha256}"
+        return hashlib.sha256(f"{version}|{self._description}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._starts) - 1

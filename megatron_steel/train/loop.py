@@ -92,6 +92,16 @@ def mean_losses(session: Session) -> dict[str, Any]:
     return {"loss": sum(row[0] for row in sums) / sum(row[1] for row in sums), "loss_by_source": by_source}
 
 
+def seen_by_source(session: Session) -> dict[str, dict[str, Any]]:
+    """Tokens read from each source so far (masked ones too), and how often its windows were seen."""
+    ledger, samples = session.loader.ledger, session.state.consumed_samples
+    tokens = ledger.consumed(samples) * ledger.seq_length
+    return {
+        "consumed_tokens_by_source": dict(zip(session.source_names, tokens.tolist(), strict=True)),
+        "epochs_by_source": dict(zip(session.source_names, ledger.epochs(samples).tolist(), strict=True)),
+    }
+
+
 def report(session: Session) -> None:
     """Write one row of training metrics to every sink."""
     state = session.state
@@ -101,6 +111,7 @@ def report(session: Session) -> None:
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
             **mean_losses(session),
+            **seen_by_source(session),
             **session.recorder.flush(state.iteration),
             **session.throughput.lap(state.iteration),
             "skipped_iterations": state.skipped_iterations,
@@ -126,6 +137,7 @@ def save(session: Session) -> None:
     if options.save is None or session.last_saved == state.iteration:
         return
     state.world_size = session.world.size
+    state.consumed_tokens_by_source = seen_by_source(session)["consumed_tokens_by_source"]
     with session.throughput.pause():
         store.save(
             Path(options.save),

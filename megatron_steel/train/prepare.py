@@ -13,7 +13,9 @@ from megatron_steel.checkpoint.state import TrainState, read_state
 from megatron_steel.config.check import check
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.schema import Config
-from megatron_steel.data.order import Ledger, SourceSpec
+from megatron_steel.data.identity import Known
+from megatron_steel.data.order import Ledger
+from megatron_steel.data.phases import Phase, Request, arrange, parse_phases
 from megatron_steel.data.sources import DataSources, TokenizerFacts, open_sources
 from megatron_steel.data.windows import WindowedDataset
 from megatron_steel.metrics.sinks import check_packages
@@ -140,37 +142,48 @@ def check_resume(config: Config, state: TrainState, tokenizer: Tokenizer, origin
         check_same_schedule(state.schedule, schedule_identity(config.optimizer, config.training.train_iters))
 
 
-def open_data(config: Config, tokenizer: Tokenizer, seed: int) -> DataSources:
-    """Open training and validation data; ``seed`` orders the documents of a source."""
+def open_data(config: Config, tokenizer: Tokenizer, ledger: Ledger | None, phases: list[Phase]) -> DataSources:
+    """Open training and validation data; the checkpoint's ledger says how documents are ordered and sources named."""
     options = config.data
+    known = {source.fingerprint: Known(source.name, source.windows) for source in ledger.sources} if ledger else {}
     return open_sources(
         data_path=options.data_path,
         split=options.split,
         train_data_path=options.train_data_path,
         valid_data_path=options.valid_data_path,
         seq_length=config.training.seq_length,
-        seed=seed,
+        seed=ledger.seed if ledger else options.seed,
         tokenizer=TokenizerFacts(tokenizer.fingerprint(), tokenizer.vocab_size),
+        target_epochs=options.target_epochs,
+        later={name for phase in phases for name, weight in phase.weights.items() if weight},
+        known=known,
+        read_all=options.data_fingerprint == "full",
+        verify=os.environ.get("RANK", "0") == "0",
     )
 
 
-def order_data(config: Config, specs: list[SourceSpec], state: TrainState, warnings: list[str]) -> Ledger:
-    """The ledger of the run: a new one, the checkpoint's, or the checkpoint's with a segment for appended data."""
-    training = config.training
-    if not state.ledger:
-        ledger = Ledger.create(specs, config.data.seed, training.seq_length)
-    else:
-        ledger = Ledger.from_json(state.ledger)
-        try:
-            ledger.check(specs, training.seq_length)
-        except ValueError:
-            if not config.data.append_data or ledger.seq_length != training.seq_length:
-                raise
-            ledger = ledger.append(state.consumed_samples, specs, config.data.seed)
-            warnings.append(f"data appended: a new segment of the order starts at sample {state.consumed_samples}")
+def order_data(
+    config: Config, sources: DataSources, phases: list[Phase], state: TrainState, warnings: list[str]
+) -> Ledger:
+    """The ledger of the run: a new one, the checkpoint's, or the checkpoint's with other data from here on."""
+    training, options = config.training, config.data
     assert training.global_batch_size is not None
-    left = max(training.train_iters - state.iteration, 0) * training.global_batch_size
-    ledger.check_max_epochs(state.consumed_samples + left, config.data.max_epochs_per_source)
+    total = max(training.train_iters, state.iteration) * training.global_batch_size
+    total += state.consumed_samples - state.iteration * training.global_batch_size
+    request = Request(sources.train, sources.weighting, phases, options.seed, training.seq_length)
+    saved = Ledger.from_json(state.ledger) if state.ledger else None
+    ledger, notes = arrange(request, saved, state.consumed_samples, options.append_data)
+    warnings += notes
+    late = [phase.start for phase in phases if phase.start >= total]
+    if late:
+        warnings.append(f"--data-phases: phases at samples {late} begin after the run's last sample {total - 1}")
+    target = sum(source.weight for source in sources.train)
+    if options.target_epochs and not phases and abs(total / target - 1) > 0.01:
+        warnings.append(
+            f"--target-epochs stand for {target:.0f} samples, the run has {total}: "
+            f"every source is seen {total / target:.3g} times as often"
+        )
+    ledger.check_max_epochs(total, options.max_epochs_per_source, state.consumed_samples)
     return ledger
 
 
@@ -195,10 +208,11 @@ def prepare(config: Config) -> Prepared:
     if resuming and loaded is not None and checkpoint is not None:
         check_resume(config, loaded, tokenizer, checkpoint)
     state = loaded if resuming and loaded is not None else TrainState()
-    seed = Ledger.from_json(state.ledger).seed if state.ledger else config.data.seed
-    sources = open_data(config, tokenizer, seed)
+    assert config.training.global_batch_size is not None
+    phases = parse_phases(config.data.data_phases, config.training.seq_length, config.training.global_batch_size)
+    sources = open_data(config, tokenizer, Ledger.from_json(state.ledger) if state.ledger else None, phases)
     warnings += sources.notes
-    ledger = order_data(config, sources.train, state, warnings)
+    ledger = order_data(config, sources, phases, state, warnings)
     state.ledger = ledger.to_json()
     state.schedule = schedule_identity(config.optimizer, config.training.train_iters)
     state.config = to_flat(config)

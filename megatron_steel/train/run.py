@@ -43,6 +43,10 @@ def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
             f"data: {row.name}: share {row.share:.4f}, {row.windows:,} windows, "
             f"{row.samples:,} samples = {row.epochs:.3f} epochs by the end of the run"
         )
+    for segment in prepared.ledger.segments:
+        if segment.start > state.consumed_samples:
+            shares = ", ".join(f"{source.name} {source.share:.4f}" for source in segment.sources)
+            lines.append(f"data from sample {segment.start:,} on: {shares}")
     for name, dataset in prepared.valid_sets.items():
         lines.append(f"validation: {name}: {len(dataset):,} windows")
     if prepared.checkpoint is not None:
@@ -111,7 +115,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         world=world,
         model=model,
         optimizer=optimizer,
-        loader=TrainLoader(prepared.ledger, prepared.datasets, layout, builder),
+        loader=TrainLoader(prepared.ledger, prepared.datasets, layout, builder, state.consumed_samples),
         source_names=[source.name for source in sources],
         loss_sums=torch.zeros(len(sources), 2, dtype=torch.float64, device=world.device),
         valid_loaders={

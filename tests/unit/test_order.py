@@ -289,7 +289,7 @@ def test_epoch_table_and_limit() -> None:
     with pytest.raises(ValueError, match=r"'small' would be seen 10.1 times.*raise --max-epochs-per-source"):
         ledger.check_max_epochs(202, 10.0)
     assert ledger.epochs(200).tolist() == [10.0, 0.1]
-    ledger.append(202, [spec("large", 1000)], 1).check_max_epochs(300, 10.0)
+    ledger.append(202, [spec("large", 1000)], 1).check_max_epochs(300, 10.0, consumed_samples=202)
 
 
 def damaged(path: list[object], value: object) -> dict[str, object]:

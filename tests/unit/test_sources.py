@@ -64,8 +64,28 @@ def test_bad_data_paths_are_refused(values: list[str], message: str) -> None:
         parse_data_path(values)
 
 
-def test_weight_zero_leaves_a_source_out() -> None:
-    assert parse_data_path(["0", "a", "1", "b"]) == [(1.0, "b")]
+def test_weight_zero_leaves_a_source_out_unless_a_phase_wants_it(tmp_path: Path) -> None:
+    values = ["1", write(tmp_path / "a", documents(3, 50)), "0", write(tmp_path / "b", documents(4, 50))]
+    assert [spec.name for spec in open_data(train_data_path=values).train] == ["a"]
+    later = open_data(train_data_path=values, later={"b"})
+    assert [(spec.name, spec.weight) for spec in later.train] == [("a", 1.0), ("b", 0.0)]
+    assert len(later.datasets) == 2
+    epochs = {"train_data_path": values[1::2], "target_epochs": [2.0, 0.0]}
+    assert [spec.weight for spec in open_data(**epochs).train] == [2.0 * 18]
+    assert [spec.weight for spec in open_data(**epochs, later={"b"}).train] == [2.0 * 18, 0.0]
+
+
+def test_target_epochs_are_one_for_each_source_and_instead_of_weights(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", documents(3, 50)), write(tmp_path / "b", documents(4, 50))
+    assert open_data(train_data_path=[a, b]).weighting == "windows"
+    assert open_data(train_data_path=["1", a, "2", b]).weighting == "weights"
+    data = open_data(train_data_path=[a, b], target_epochs=[0.5, 3.0])
+    assert data.weighting == "epochs"
+    assert [spec.weight for spec in data.train] == [0.5 * (149 // 8), 3.0 * (199 // 8)]
+    with pytest.raises(ValueError, match="weights in the data path or --target-epochs, not both"):
+        open_data(train_data_path=["1", a, "2", b], target_epochs=[0.5, 3.0])
+    with pytest.raises(ValueError, match="--target-epochs has 1 numbers for 2 sources"):
+        open_data(train_data_path=[a, b], target_epochs=[0.5])
 
 
 def test_names_are_short_and_tell_apart() -> None:
