@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,11 @@ class Splitter:
 
 
 def import_litpkds(
-    inputs: Sequence[str], output_prefix: str, options: ImportOptions, describe: Callable[[], dict[str, Any]] = dict
+    inputs: Sequence[str], output_prefix: str, options: ImportOptions, tokenizer_facts: Mapping[str, Any] | None = None
 ) -> ImportReport:
     """Write the documents of all streams to ``output_prefix``.bin, .idx and .json; return what was done.
 
-    ``describe`` adds fields to the sidecar (the tokenizer's). Memory does not grow with the chunks. Raises
+    ``tokenizer_facts`` are added to the sidecar. Memory does not grow with the chunks. Raises
     ``ValueError`` in one line, with nothing written, for damaged chunks, ids outside of the vocabulary, and input in
     which no document border is found.
     """
@@ -185,7 +185,7 @@ def import_litpkds(
             flag = f"--eod-id {options.eod_id}" if options.bos_id is None else f"--bos-id {options.bos_id}"
             raise ValueError(f"no token of {', '.join(map(str, inputs))} is {flag}: which id separates the documents?")
         report.documents, report.tokens = writer.num_documents, writer.num_tokens
-        writer.commit(describe_import(writer, options, report) | describe())
+        writer.commit(describe_import(writer, options, report) | dict(tokenizer_facts or {}))
     return report
 
 
