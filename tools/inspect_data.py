@@ -208,7 +208,8 @@ def sample(options: argparse.Namespace) -> int:
     cpu.install()
     from megatron_steel.checkpoint.files import find_checkpoint
     from megatron_steel.checkpoint.state import load_tokenizer, read_state
-    from megatron_steel.data.sources import open_sources
+    from megatron_steel.data.identity import Known
+    from megatron_steel.data.sources import open_sources, parse_data_path
 
     if options.number < 0 or options.count < 1:
         raise ValueError(f"sample {options.number} --count {options.count}: from 0 on, and at least one")
@@ -219,17 +220,18 @@ def sample(options: argparse.Namespace) -> int:
         raise ValueError(f"{checkpoint} holds no data order: it was imported, not trained here")
     ledger, tokenizer = Ledger.from_json(state.ledger), load_tokenizer(checkpoint)
     data = from_flat(state.config, str(checkpoint)).data
-    name = "data_path" if data.data_path else "train_data_path"
-    if options.data_path:
-        setattr(data, name, options.data_path)
+    values = options.data_path or data.data_path or data.train_data_path
+    # Weights do not matter here: a source of weight 0 may have served earlier samples, or serve later ones.
+    prefixes = [prefix for _, prefix in parse_data_path(values)]
     sources = open_sources(
-        data_path=data.data_path,
+        data_path=prefixes if data.data_path else [],
         split=data.split,
-        train_data_path=data.train_data_path,
+        train_data_path=[] if data.data_path else prefixes,
         valid_data_path=[],
         seq_length=ledger.seq_length,
         seed=ledger.seed,
         tokenizer=None,
+        known={source.fingerprint: Known(source.name, source.windows) for source in ledger.sources},
     )
     for number in range(options.number, options.number + options.count):
         print(inspect.show_sample(number, ledger, sources.datasets, tokenizer))

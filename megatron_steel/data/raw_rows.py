@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.data.progress import ByteProgress
+from megatron_steel.data.readers import Block, plan_tasks, read_task
 
 # A file is one task, so that lines count from its first.
 WHOLE_FILE = 1 << 62
@@ -30,18 +31,23 @@ class RawRow:
 
 def raw_rows(paths: Sequence[Path], columns: Sequence[str] | None = None, what: str = "read") -> Iterator[RawRow]:
     """Every row of the files, in order; blank lines are errors too. ``columns`` names those that are needed."""
-    from megatron_steel.data.readers import plan_tasks, read_task
-
     for path in paths:
         progress = ByteProgress(f"{what} {path}", path.stat().st_size)
         for task in plan_tasks([path], WHOLE_FILE):
             for block in read_task(task, columns):
-                if block.rows is None:
-                    yield from line_rows(block.path, block.first_line, block.data)
-                else:
-                    for number, row in enumerate(block.rows, start=block.first_line):
-                        yield RawRow(f"{block.path}:{number}", row)
+                yield from block_rows(block)
                 progress.add(len(block.data))
+
+
+def block_rows(block: Block) -> Iterator[RawRow]:
+    """The rows of a block: parsed ones as they are, JSON lines parsed, a line that could not be read as an error."""
+    if block.reason is not None:
+        yield RawRow(f"{block.path}:{block.first_line}", None, block.reason)
+    elif block.rows is None:
+        yield from line_rows(block.path, block.first_line, block.data)
+    else:
+        for number, row in enumerate(block.rows, start=block.first_line):
+            yield RawRow(f"{block.path}:{number}", row, "blank line" if row is None else None)
 
 
 def line_rows(path: str, first_line: int, data: bytes) -> Iterator[RawRow]:
