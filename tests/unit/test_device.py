@@ -116,19 +116,20 @@ KEEP = """
 import resource
 import torch
 from megatron_steel.runtime import device
-told = device.keep_freed_memory()
-for _ in range(3):
+told, faults = device.keep_freed_memory(), []
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(4 * 2**20)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(told, faults)
+    step = [torch.ones(size * 2**20) for size in (4, 4, 4, 20)]
+    del step
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(told, min(faults))
 """
 
 
 def test_freed_memory_is_kept_for_the_next_step() -> None:
-    """A large block that was freed comes back without new pages; in a fresh process, whose heap nobody cut up."""
+    """What a step freed comes back without new pages, the largest block too; in a process whose heap nobody cut up."""
     done = subprocess.run([sys.executable, "-c", KEEP], capture_output=True, text=True, check=True)
     told, faults = done.stdout.split()
     if told == "False":
         pytest.skip("the C library has no mallopt")
-    assert int(faults) < 16 * 2**20 // resource.getpagesize() / 4
+    assert int(faults) < 128 * 2**20 // resource.getpagesize() / 10
