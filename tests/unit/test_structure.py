@@ -238,12 +238,12 @@ def third_party(*folders: str) -> set[str]:
 
 def test_what_is_imported_is_declared_and_pinned() -> None:
     core, extras = declared("options", "install_requires"), "options.extras_require"
-    log, gpu, dev = (declared(extras, key) for key in ("log", "gpu", "dev"))
-    assert third_party("megatron_steel", "tools") <= core | log | gpu
-    assert third_party("tests") <= core | log | dev
+    log, gpu, clean, dev = (declared(extras, key) for key in ("log", "gpu", "clean", "dev"))
+    assert third_party("megatron_steel", "tools") <= core | log | gpu | clean
+    assert third_party("tests") <= core | log | clean | dev
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     pinned = {name.lower().replace("_", "-") for name in re.findall(r"^([A-Za-z0-9_.-]+)==", constraints, re.M)}
-    assert core | log | dev <= pinned | {"megatron-steel"}
+    assert core | log | clean | dev <= pinned | {"megatron-steel"}
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

@@ -1,0 +1,128 @@
+"""What cleaning measures of a text: characters, lines, tokens and their n-grams, as numpy arrays.
+
+A token is one Chinese character, or a run of letters, digits and marks of any other script, in lower case. So "words"
+mean the same for both languages without a dictionary, and a Chinese n-gram is an n-gram of characters.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from functools import cached_property
+
+import numpy as np
+
+from megatron_steel.data.encode import ASTRAL_HAN, count_letters, script_table
+
+SEPARATOR, HAN, WORD, MARK = range(4)
+# splitmix64 (Steele, Lea, Flood, 2014): constants of its output function.
+MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+# Any odd number has an inverse modulo 2**64; these are arbitrary.
+CHARACTER_BASE, TOKEN_BASE = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
+
+
+@functools.cache
+def class_table() -> np.ndarray:
+    """uint8 class of every code point below 0x20000 (last entry: all above): separator, Han, word, mark."""
+    table = np.zeros(ASTRAL_HAN + 1, dtype=np.uint8)
+    for code in range(ASTRAL_HAN):
+        if chr(code).isalnum():
+            table[code] = WORD
+        elif unicodedata.category(chr(code)).startswith("M"):
+            table[code] = MARK
+    table[script_table() == 1] = HAN
+    return table
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread uint64 values over all 64 bits (the output function of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * MIX_A
+    values = (values ^ (values >> np.uint64(27))) * MIX_B
+    return values ^ (values >> np.uint64(31))
+
+
+def powers(base: int, count: int) -> np.ndarray:
+    """uint64 ``base**0 .. base**(count - 1)`` modulo 2**64."""
+    steps = np.full(max(count, 1), base, dtype=np.uint64)
+    steps[0] = 1
+    return np.cumprod(steps, dtype=np.uint64)[:count]
+
+
+def code_points(text: str) -> np.ndarray:
+    """uint32 code points of a text."""
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+
+
+def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
+    """uint64 hashes of all windows of ``n`` consecutive values; empty when there are fewer."""
+    count = len(hashes) - n + 1
+    if count <= 0:
+        return np.empty(0, dtype=np.uint64)
+    total = np.zeros(count, dtype=np.uint64)
+    for offset, power in enumerate(powers(TOKEN_BASE, n)):
+        total += hashes[offset : offset + count] * power
+    return mix(total)
+
+
+class Text:
+    """One text and what is measured of it, each computed once and only when a filter asks."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """uint32 code points."""
+        return code_points(self.text)
+
+    @cached_property
+    def classes(self) -> np.ndarray:
+        """uint8 class of every character."""
+        return class_table()[np.minimum(self.codes, ASTRAL_HAN)]
+
+    @cached_property
+    def letters(self) -> np.ndarray:
+        """int64 (4,): no letters, Chinese characters, ASCII letters, letters of other scripts."""
+        return count_letters(self.text)
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The lines that are not blank, without the white space around them."""
+        return [line for line in map(str.strip, self.text.split("\n")) if line]
+
+    @cached_property
+    def lowered(self) -> str:
+        """The text in lower case; token positions count in it (a capital can become two characters)."""
+        return self.text.lower()
+
+    @cached_property
+    def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64 starts, int64 ends in ``lowered``, and uint64 hashes of the tokens, in order."""
+        codes = self.codes if self.lowered == self.text else code_points(self.lowered)
+        classes = class_table()[np.minimum(codes, ASTRAL_HAN)]
+        if not len(codes):
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64)
+        previous = np.concatenate([[SEPARATOR], classes[:-1]])
+        outside = (previous == SEPARATOR) | (previous == HAN)
+        starting = (classes == HAN) | (((classes == WORD) | (classes == MARK)) & outside)
+        following = np.append(starting, True)[1:] | (np.append(classes, SEPARATOR)[1:] == SEPARATOR)
+        starts = np.flatnonzero(starting)
+        ends = np.flatnonzero((classes != SEPARATOR) & following) + 1
+        # Hash of characters s..e as the difference of prefix sums of c * base**i, moved back by base**-s.
+        values = mix(codes.astype(np.uint64) + np.uint64(1)) * powers(CHARACTER_BASE, len(codes))
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
+        back = powers(pow(CHARACTER_BASE, -1, 1 << 64), len(codes))
+        return starts, ends, mix((sums[ends] - sums[starts]) * back[starts])
+
+    def token_ngrams(self, n: int) -> np.ndarray:
+        """uint64 hashes of the token n-grams, in order."""
+        return ngram_hashes(self.tokens[2], n)
+
+    def character_ngrams(self, n: int) -> np.ndarray:
+        """uint64 hashes of the character n-grams, in order."""
+        return ngram_hashes(mix(self.codes.astype(np.uint64) + np.uint64(1)), n)
+
+    def excerpt(self, first: int, n: int) -> str:
+        """The lowered text from token ``first`` to token ``first + n - 1``."""
+        starts, ends, _ = self.tokens
+        return self.lowered[int(starts[first]) : int(ends[first + n - 1])]
