@@ -7,11 +7,11 @@ named by both where the hash is known. Sources of a checkpoint that were named b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_steel.data.duplicates import hash_file
 from megatron_steel.data.indexed import IndexedReader, read_sidecar
 from megatron_steel.data.windows import WindowedDataset
 
@@ -43,18 +43,12 @@ class Candidate:
     @cached_property
     def sha256(self) -> str:
         """The full hash; reads the file where it is not recorded."""
-        return self.recorded or hash_tokens(self.dataset.reader)
+        return self.recorded or hash_file(self.dataset.reader.bin_path)
 
     @cached_property
     def full(self) -> str:
         """Name by the full hash."""
         return self.dataset.content_name(self.sha256)
-
-
-def hash_tokens(reader: IndexedReader) -> str:
-    """sha256 hex of the whole .bin file; about a second per gigabyte."""
-    with open(reader.bin_path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def known_hash(reader: IndexedReader, read_all: bool, verify: bool) -> str | None:
@@ -67,7 +61,7 @@ def known_hash(reader: IndexedReader, read_all: bool, verify: bool) -> str | Non
         return str(recorded)
     if not read_all:
         return None
-    found = hash_tokens(reader)
+    found = hash_file(reader.bin_path)
     if recorded not in (None, found):
         raise ValueError(
             f"{reader.bin_path}: its tokens are not those that were written (sha256 {found[:12]}, "

@@ -7,6 +7,7 @@ other tensor-parallel ranks in one broadcast per step and cuts them into batches
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class BatchBuilder:
         self.device = device
         self.eod_id = -1 if eod_id is None else eod_id  # no token has id -1
         self.eod_mask_loss = eod_mask_loss
+        self.reads = self.is_reader and (reads_data or eod_mask_loss)
 
     def read(self, fetch: Callable[[int, int], np.ndarray | None], shape: tuple[int, int]) -> torch.Tensor | None:
         """Read fetch(micro-batch, row) for all micro-batches and rows of `shape` if this is the rank that reads.
@@ -106,7 +108,7 @@ class BatchBuilder:
         `fetch` gives int64 (S + 1,), or None for padding. Returns int64 (micro-batches, B, S + 1) in host memory,
         or None. Called on the background thread.
         """
-        if not (self.is_reader and (self.reads_data or self.eod_mask_loss)):
+        if not self.reads:
             return None
         pinned = self.device.type != "cpu"
         tokens = torch.zeros((*shape, self.seq_length + 1), dtype=torch.int64, pin_memory=pinned)
@@ -201,6 +203,7 @@ class TrainLoader:
         self.layout = layout
         self.builder = builder
         self._datasets = [datasets.get(source.fingerprint) for source in ledger.sources]
+        self._prepared: set[int] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="train-loader")
         self._ahead: tuple[int, Future[tuple[torch.Tensor | None, np.ndarray]]] | None = None
 
@@ -239,6 +242,8 @@ class TrainLoader:
         offsets = self.layout.offsets()
         source, _, window = self.ledger.samples(first_sample, first_sample + self.layout.global_batch_size)
         sources, windows = source[offsets], window[offsets]
+        if self.builder.reads:
+            self._prepare(set(sources.ravel().tolist()) - self._prepared)
 
         def fetch(microbatch: int, row: int) -> np.ndarray:
             dataset = self._datasets[sources[microbatch, row]]
@@ -248,6 +253,14 @@ class TrainLoader:
             return dataset[int(windows[microbatch, row])]
 
         return self.builder.read(fetch, offsets.shape), sources
+
+    def _prepare(self, sources: set[int]) -> None:
+        """Index the sources that a step reads for the first time, several at once."""
+        if len(sources) > 1:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                found = [dataset for number in sources if (dataset := self._datasets[number]) is not None]
+                list(pool.map(lambda dataset: dataset.prepare(), found))
+        self._prepared |= sources
 
 
 class ValidLoader:

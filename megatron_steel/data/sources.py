@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_steel.data.windows import WindowedDataset, split_documents
 # A file without a sidecar is scanned for ids that are out of range: all of it up to this many tokens, else samples.
 FULL_SCAN_TOKENS = 1 << 22
 SAMPLED_SEQUENCES = 3000
+OPEN_THREADS = 8
 SUFFIX = "_text_document"
 
 
@@ -72,30 +74,30 @@ def open_sources(
     weighted = parse_data_path(data_path or train_data_path, "--data-path" if data_path else "--train-data-path")
     names = source_names([prefix for _, prefix in weighted])
     result = DataSources(weighting=_weighting(weighted, target_epochs))
-    opened: list[tuple[float, Candidate]] = []
-    for number, ((weight, prefix), name) in enumerate(zip(weighted, names, strict=True)):
-        # As in Megatron-LM a weight of 0 leaves the source out.
-        left_out = weight == 0 or (bool(target_epochs) and target_epochs[number] == 0)
-        if left_out and name not in later:
-            continue
-        reader = open_indexed(prefix, tokenizer)
-        documents = (0, reader.num_documents)
-        if data_path:
-            documents, held_out, _ = split_documents(split, reader.num_documents)
-            if not valid_data_path:
-                _add_split_valid(result, name, prefix, reader, held_out, seq_length)
-        dataset = WindowedDataset(prefix, seq_length, documents, seed, reader=reader)
-        dataset = WindowedDataset(prefix, seq_length, documents, seed, reader=reader)
-        # Without weights every window counts the same, so all sources finish an epoch at the same sample.
-        share = float(len(dataset)) * (target_epochs[number] if target_epochs else 1.0)
-        opened.append(
-            (share if weight is None else weight, Candidate(name, dataset, known_hash(reader, read_all, verify)))
-        )
-    hashes = content_hashes([candidate for _, candidate in opened], known or {})
-    for (share, candidate), bin_sha256 in zip(opened, hashes, strict=True):
+    # As in Megatron-LM a weight of 0 leaves the source out.
+    factors = target_epochs or [1.0 if weight is None else weight for weight, _ in weighted]
+    used = [i for i, name in enumerate(names) if factors[i] or name in later]
+
+    def open_one(i: int) -> tuple[Candidate, tuple[int, int]]:
+        """A source and its held-out documents."""
+        reader = open_indexed(weighted[i][1], tokenizer)
+        train, held_out, _ = split_documents(split if data_path else "1", reader.num_documents)
+        dataset = WindowedDataset(reader.prefix, seq_length, train, seed, reader=reader)
+        return Candidate(names[i], dataset, known_hash(reader, read_all, verify)), held_out
+
+    # Opening is reading small pieces of many files: on shared storage mostly waiting.
+    with ThreadPoolExecutor(OPEN_THREADS) as pool:
+        opened = list(pool.map(open_one, used))
+    if data_path and not valid_data_path:
+        for candidate, held_out in opened:
+            _add_split_valid(result, candidate.name, candidate.dataset.reader, held_out, seq_length)
+    hashes = content_hashes([candidate for candidate, _ in opened], known or {})
+    for i, (candidate, _), bin_sha256 in zip(used, opened, hashes, strict=True):
         dataset = candidate.dataset
+        # Without weights every window counts the same, so all sources finish an epoch at the same sample.
+        weight = factors[i] if result.weighting == "weights" else factors[i] * len(dataset)
         dataset.fingerprint = dataset.content_name(bin_sha256)
-        result.train.append(SourceSpec(candidate.name, dataset.fingerprint, len(dataset), share))
+        result.train.append(SourceSpec(candidate.name, dataset.fingerprint, len(dataset), weight))
         result.datasets[dataset.fingerprint] = dataset
     if data_path and valid_data_path:
         result.notes.append("--valid-data-path replaces the validation share of --split, which is not used at all")
@@ -118,7 +120,7 @@ def _weighting(weighted: Sequence[tuple[float | None, str]], target_epochs: Sequ
 
 
 def _add_split_valid(
-    result: DataSources, name: str, prefix: str, reader: IndexedReader, documents: tuple[int, int], seq_length: int
+    result: DataSources, name: str, reader: IndexedReader, documents: tuple[int, int], seq_length: int
 ) -> None:
     """Add the held-out documents of a source as the validation set of its name, or a note if they fill no window."""
     lengths = reader.sequence_lengths[slice(*reader.document_indices[list(documents)])]
@@ -128,7 +130,7 @@ def _add_split_valid(
             f"{lengths.sum(dtype=np.int64)} tokens, less than one window of seq_length {seq_length} + 1"
         )
         return
-    result.valid[name] = WindowedDataset(prefix, seq_length, documents, shuffle_documents=False, reader=reader)
+    result.valid[name] = WindowedDataset(reader.prefix, seq_length, documents, shuffle_documents=False, reader=reader)
 
 
 def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[tuple[float | None, str]]:

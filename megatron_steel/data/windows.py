@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 
 import numpy as np
 
@@ -53,19 +54,16 @@ class WindowedDataset:
         order_name = f"seed {seed}" if shuffle_documents else "file order"
         self._description = f"{content}|{first}|{last}|{order_name}"
         self.fingerprint = self.content_name(None)
-        lengths = self._document_lengths(first, last)
-        self.num_tokens = int(lengths.sum(dtype=np.int64))
+        self._range = (first, last)
+        self._lock = threading.Lock()
+        self._made_index: tuple[np.ndarray, np.ndarray] | None = None
+        self._order_keys = round_keys("documents", seed, content) if shuffle_documents else None
+        self.num_tokens = self._count_tokens()
         if self.num_tokens <= seq_length:
             raise ValueError(
                 f"{prefix}: documents [{first}, {last}) hold {self.num_tokens} tokens, less than one window of "
                 f"seq_length {seq_length} + 1; add documents or lower --seq-length"
             )
-        self._documents = np.arange(last - first, dtype=np.int64)
-        if shuffle_documents:
-            self._documents = permute(self._documents, last - first, round_keys("documents", seed, content))
-        # Document ids are relative to the range here, so that the C++ helper sees only the lengths it needs.
-        self._starts = _window_starts(lengths, self._documents, seq_length, self.num_tokens)
-        self._documents += first
         self.dropped_tokens = self.num_tokens - len(self) * seq_length - 1
 
     def content_name(self, bin_sha256: str | None) -> str:
@@ -74,24 +72,58 @@ class WindowedDataset:
         return hashlib.sha256(f"{version}|{self._description}".encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return (self.num_tokens - 1) // self.seq_length
+
+    def prepare(self) -> tuple[np.ndarray, np.ndarray]:
+        """Documents in their order, int64 (documents,), and starts of windows in it, int32 (windows + 1, 2).
+
+        Made when the first window is read: a run with hundreds of sources starts after the few that its first batch
+        needs, and the thread that reads ahead makes the rest. May be called on any thread.
+        """
+        with self._lock:
+            if self._made_index is None:
+                self._made_index = self._make_index()
+            return self._made_index
+
+    def _make_index(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `prepare` returns."""
+        first, last = self._range
+        documents = np.arange(last - first, dtype=np.int64)
+        if self._order_keys is not None:
+            documents = permute(documents, last - first, self._order_keys)
+        # Document ids are relative to the range here, so that the C++ helper sees only the lengths it needs.
+        starts = _window_starts(self._document_lengths(), documents, self.seq_length, self.num_tokens)
+        assert len(starts) == len(self) + 1
+        documents += first
+        return documents, starts
 
     def __getitem__(self, window: int) -> np.ndarray:
         """Return tokens int64 (seq_length + 1,): inputs are all but the last, labels all but the first."""
         if not 0 <= window < len(self):
             raise IndexError(f"{self.prefix}: window {window} is not in [0, {len(self)})")
-        (place, offset), (last_place, last_offset) = self._starts[window : window + 2].tolist()
+        documents, starts = self.prepare()
+        (place, offset), (last_place, last_offset) = starts[window : window + 2].tolist()
         parts = []
         while place < last_place:
-            parts.append(self.reader.document(int(self._documents[place]))[offset:])
+            parts.append(self.reader.document(int(documents[place]))[offset:])
             place, offset = place + 1, 0
-        parts.append(self.reader.document(int(self._documents[place]))[offset : last_offset + 1])
+        parts.append(self.reader.document(int(documents[place]))[offset : last_offset + 1])
         tokens = np.concatenate(parts, dtype=np.int64)
         assert tokens.shape == (self.seq_length + 1,)
         return tokens
 
-    def _document_lengths(self, first: int, last: int) -> np.ndarray:
+    def _count_tokens(self) -> int:
+        """Tokens in the range, from where its first and last sequence begin."""
+        first, last = self.reader.document_indices[list(self._range)].tolist()
+        size, pointers = self.reader.dtype.itemsize, self.reader.sequence_pointers
+        begin, end = (
+            int(pointers[at]) // size if at < len(pointers) else self.reader.num_tokens for at in (first, last)
+        )
+        return end - begin
+
+    def _document_lengths(self) -> np.ndarray:
         """Tokens of each document of the range, int32 (sentence-split files have several sequences per document)."""
+        first, last = self._range
         bounds = np.asarray(self.reader.document_indices[first : last + 1])
         sizes = np.asarray(self.reader.sequence_lengths[bounds[0] : bounds[-1]])
         if len(sizes) == len(bounds) - 1 and (np.diff(bounds) == 1).all():

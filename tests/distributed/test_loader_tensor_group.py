@@ -24,6 +24,9 @@ class CountedWindows:
         self.seq_length = SEQ_LENGTH
         self.reads = 0
 
+    def prepare(self) -> None:
+        """Nothing to index."""
+
     def __len__(self) -> int:
         return 40
 

@@ -25,6 +25,9 @@ class FakeWindows:
         self.seq_length = SEQ_LENGTH
         self.reads = 0
 
+    def prepare(self) -> None:
+        """Nothing to index."""
+
     def __len__(self) -> int:
         return self.windows
 
