@@ -214,7 +214,9 @@ def table(stats: dict[str, Any]) -> list[str]:
             lines.append(name)
             lines += [f"  {line}" for line in table(value)]
         else:
-            lines.append(f"{name:<24} " + "  ".join(f"{k.replace('_', ' ')} {readable(v)}" for k, v in value.items()))
+            mark = {"percentiles": "p", "cdf": "<="}.get(key, "")
+            parts = (f"{mark}{inner.replace('_', ' ')} {readable(number)}" for inner, number in value.items())
+            lines.append(f"{name:<24} " + "  ".join(parts))
     return lines
 
 
