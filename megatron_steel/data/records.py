@@ -1,10 +1,11 @@
 """Rows of named source formats as ``Record(text, source, lang)``: one function per format, listed in ``FORMATS``.
 
     baike      {title, summary, sections: [{title, content}]}   Baidu Baike
-    qa         {title, answer}, desc                            Baidu QA
+    baidu_qa   {title, answer}, desc                            Baidu QA
     belle      {instruction, input, output}, system, history    BELLE and other alpaca files
     sharegpt   {conversations: [{from, value}]}, system         BELLE and ShareGPT conversations
-    firefly    {kind, input, target}
+    messages   {messages: [{role, content}]}, system            the same in OpenAI's words
+    firefly    {input, target}
     moss       {conversation: [{human, assistant}]}, meta_instruction
     zhihu      {INSTRUCTION, RESPONSE, METADATA}                answers with 100 upvotes or more
     wiki       {completion}                                     items of a JSON list
@@ -23,8 +24,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_steel.data.letters import main_script
 
@@ -34,9 +34,6 @@ ROLES = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
     "function_call": "assistant",
     "observation": "tool",
     "tool": "tool",
@@ -48,14 +45,13 @@ TEN_THOUSAND = "\u4e07"
 UPVOTES = re.compile(rf"([0-9][0-9,.]*)\s*({TEN_THOUSAND}?)")
 EXAM_PARTS = {
     "q_main": "",
-    **{f"option_{letter}": "" for letter in "abcde"},
+    **{f"option_{letter}": f"{letter.upper()}. " for letter in "abcde"},
     "std_ans": f"\u6807\u51c6\u7b54\u6848{COLON}",
     "answer_detail": f"\u89e3\u6790{COLON}",
 }
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One training document: its text, the name of its source, and its language: zh, en, other or code."""
 
     text: str
@@ -63,8 +59,7 @@ class Record:
     lang: str
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One message of a conversation; ``role`` is a ChatML role."""
 
     role: str
@@ -80,14 +75,14 @@ def baike(row: dict[str, Any]) -> Record | None:
     return document("\n".join(f"{title}{COLON}{text}" for title, text in parts if text.strip()), "baike")
 
 
-def qa(row: dict[str, Any]) -> Record | None:
+def baidu_qa(row: dict[str, Any]) -> Record | None:
     """A question with its description, where that says more, and its answer."""
     question, more = prose(row, "title"), optional(row, "desc")
     if more.strip().startswith(question.strip()):
         question = more
     elif more.strip():
         question = f"{question}\n{more}"
-    return chat([Turn("user", question), Turn("assistant", prose(row, "answer"))], "qa")
+    return chat([Turn("user", question), Turn("assistant", prose(row, "answer"))], "baidu_qa")
 
 
 def belle(row: dict[str, Any]) -> Record | None:
@@ -103,23 +98,37 @@ def belle(row: dict[str, Any]) -> Record | None:
 
 
 def sharegpt(row: dict[str, Any]) -> Record | None:
-    """The messages in their order; one without any answer is dropped."""
-    turns = [Turn("system", text) for text in [optional(row, "system")] if text]
-    for number, message in enumerate(items(row, "conversations"), start=1):
+    """The messages in their order."""
+    return conversation(row, "conversations", "from", "value", "sharegpt")
+
+
+def messages(row: dict[str, Any]) -> Record | None:
+    """The messages in their order."""
+    return conversation(row, "messages", "role", "content", "messages")
+
+
+def conversation(row: dict[str, Any], key: str, role_key: str, text_key: str, source: str) -> Record | None:
+    """Messages with roles. A system message of their own counts, otherwise the row's ``system``."""
+    turns: list[Turn] = []
+    for number, message in enumerate(items(row, key), start=1):
         where = f"message {number}: "
-        sender = prose(message, "from", where)
-        if sender not in ROLES:
-            raise ValueError(f"{where}'from' is {sender!r}; known are {', '.join(ROLES)}")
-        turn = Turn(ROLES[sender], prose(message, "value", where))
-        if turn.role == "system" and turns and turns[0].role == "system" and len(turns) == 1:
-            turns = []  # a system message of the conversation itself is nearer to it than the row's
-        turns.append(turn)
-    return chat(turns, "sharegpt")
+        role = prose(message, role_key, where)
+        if role not in ROLES:
+            raise ValueError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+        turns.append(Turn(ROLES[role], prose(message, text_key, where)))
+    if not (turns and turns[0].role == "system") and (system := optional(row, "system")):
+        turns.insert(0, Turn("system", system))
+    roles = [turn.role for turn in turns if turn.role != "system"]
+    asked, answered = set(roles[::2]), set(roles[1::2])
+    late = any(turn.role == "system" for turn in turns[1:])
+    if not roles or len(roles) % 2 or late or not asked <= {"user", "tool"} or answered != {"assistant"}:
+        there = ", ".join(turn.role for turn in turns) or "no turns"
+        raise ValueError(f"{key!r} must go user, assistant, user, assistant ...; it holds {there}")
+    return chat(turns, source)
 
 
 def firefly(row: dict[str, Any]) -> Record | None:
     """The input and the target; the kind of task is not part of the text."""
-    prose(row, "kind")
     return chat([Turn("user", prose(row, "input")), Turn("assistant", prose(row, "target"))], "firefly")
 
 
@@ -129,6 +138,8 @@ def moss(row: dict[str, Any]) -> Record | None:
     for number, round_ in enumerate(items(row, "conversation"), start=1):
         where = f"round {number}: "
         turns += [Turn("user", prose(round_, "human", where)), Turn("assistant", prose(round_, "assistant", where))]
+    if not row["conversation"]:
+        raise ValueError("'conversation' has no turns")
     return chat(turns, "moss")
 
 
@@ -139,7 +150,7 @@ def zhihu(row: dict[str, Any]) -> Record | None:
         try:
             meta = json.loads(meta)
         except json.JSONDecodeError as error:
-            raise ValueError(f"'METADATA' is malformed JSON: {error.msg}") from error
+            raise ValueError(f"'METADATA' is not JSON: {error.msg}") from error
     if not isinstance(meta, dict):
         raise ValueError(f"'METADATA' must hold a JSON object, not {type(meta).__name__}")
     if upvotes(value(meta, "upvotes", "METADATA: ")) < MIN_UPVOTES:
@@ -197,9 +208,10 @@ def pile(row: dict[str, Any]) -> Record | None:
 
 FORMATS: dict[str, Callable[[dict[str, Any]], Record | None]] = {
     "baike": baike,
-    "qa": qa,
+    "baidu_qa": baidu_qa,
     "belle": belle,
     "sharegpt": sharegpt,
+    "messages": messages,
     "firefly": firefly,
     "moss": moss,
     "zhihu": zhihu,
@@ -209,6 +221,16 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Record | None]] = {
     "wudao": wudao,
     "pile": pile,
 }
+
+
+def convert(name: str, row: dict[str, Any]) -> Record | None:
+    """A row of the named format as a record; None when the format's own rule leaves it out.
+
+    Raises ``ValueError`` for an unknown format, and for a row that does not have it, saying which key is at fault.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"unknown input format {name!r}; known are {', '.join(FORMATS)}")
+    return FORMATS[name](row)
 
 
 def document(text: str, source: str) -> Record | None:
