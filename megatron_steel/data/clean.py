@@ -99,12 +99,14 @@ def check(options: CleanOptions) -> None:
 def prepare(
     work: Path, options: CleanOptions, settings: Settings, inputs: list[dict[str, Any]], times: list[int]
 ) -> None:
-    """Make the work folder, or find that it belongs to this very run and can be continued."""
+    """Make the work folder, or find that it belongs to this very run and can be continued.
+
+    A run that met too many bad lines may go on with a larger quota, so the quota is no part of what a run is.
+    """
     result = {
         "settings": dataclasses.asdict(settings),
         "inputs": [[*entry.values(), changed] for entry, changed in zip(inputs, times, strict=True)],
         "options": [options.tasks, options.dry_run, options.max_lines_per_file, options.compression, options.examples],
-        "max_bad_lines": options.max_bad_lines,
     }
     identity = json.loads(json.dumps(result, default=str))
     file = work / "run.json"

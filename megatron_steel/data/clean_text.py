@@ -12,13 +12,15 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_steel.data.encode import ASTRAL_HAN, count_letters, script_table
+from megatron_steel.data.letters import ASTRAL_HAN, count_letters, script_table
 
 SEPARATOR, HAN, WORD, MARK = range(4)
 # splitmix64 (Steele, Lea, Flood, 2014): constants of its output function.
 MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # Any odd number has an inverse modulo 2**64; these are arbitrary.
 CHARACTER_BASE, TOKEN_BASE = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
+# Longer texts are rare, and their powers are computed anew.
+CACHED_POWERS = 1 << 16
 
 
 @functools.cache
@@ -43,9 +45,20 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def powers(base: int, count: int) -> np.ndarray:
     """uint64 ``base**0 .. base**(count - 1)`` modulo 2**64."""
-    steps = np.full(max(count, 1), base, dtype=np.uint64)
-    steps[0] = 1
-    return np.cumprod(steps, dtype=np.uint64)[:count]
+    return cached_powers(base)[:count] if count <= CACHED_POWERS else compute_powers(base, count)
+
+
+@functools.cache
+def cached_powers(base: int) -> np.ndarray:
+    """The powers that almost every text needs."""
+    return compute_powers(base, CACHED_POWERS)
+
+
+def compute_powers(base: int, count: int) -> np.ndarray:
+    """:func:`powers` without the cache."""
+    steps = np.full(count, base, dtype=np.uint64)
+    steps[:1] = 1
+    return np.cumprod(steps, dtype=np.uint64)
 
 
 def code_points(text: str) -> np.ndarray:
@@ -53,15 +66,21 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
+def prefix_sums(values: np.ndarray, base: int) -> np.ndarray:
+    """uint64 sums of ``values[i] * base**i`` over the first 0, 1, ... values."""
+    sums = np.zeros(len(values) + 1, dtype=np.uint64)
+    np.cumsum(values * powers(base, len(values)), dtype=np.uint64, out=sums[1:])
+    return sums
+
+
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     """uint64 hashes of all windows of ``n`` consecutive values; empty when there are fewer."""
     count = len(hashes) - n + 1
     if count <= 0:
         return np.empty(0, dtype=np.uint64)
-    total = np.zeros(count, dtype=np.uint64)
-    for offset, power in enumerate(powers(TOKEN_BASE, n)):
-        total += hashes[offset : offset + count] * power
-    return mix(total)
+    sums = prefix_sums(hashes, TOKEN_BASE)
+    # A difference of prefix sums still depends on where it stands; base**-i moves it back to the beginning.
+    return mix((sums[n:] - sums[:-n]) * powers(pow(TOKEN_BASE, -1, 1 << 64), count))
 
 
 class Text:
@@ -108,11 +127,14 @@ class Text:
         following = np.append(starting, True)[1:] | (np.append(classes, SEPARATOR)[1:] == SEPARATOR)
         starts = np.flatnonzero(starting)
         ends = np.flatnonzero((classes != SEPARATOR) & following) + 1
-        # Hash of characters s..e as the difference of prefix sums of c * base**i, moved back by base**-s.
-        values = mix(codes.astype(np.uint64) + np.uint64(1)) * powers(CHARACTER_BASE, len(codes))
-        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
+        sums = prefix_sums(self.character_hashes(codes), CHARACTER_BASE)
         back = powers(pow(CHARACTER_BASE, -1, 1 << 64), len(codes))
         return starts, ends, mix((sums[ends] - sums[starts]) * back[starts])
+
+    @staticmethod
+    def character_hashes(codes: np.ndarray) -> np.ndarray:
+        """A uint64 for every code point, never the 0 that would vanish in a sum."""
+        return mix(codes.astype(np.uint64) + np.uint64(1))
 
     def token_ngrams(self, n: int) -> np.ndarray:
         """uint64 hashes of the token n-grams, in order."""
@@ -120,7 +142,7 @@ class Text:
 
     def character_ngrams(self, n: int) -> np.ndarray:
         """uint64 hashes of the character n-grams, in order."""
-        return ngram_hashes(mix(self.codes.astype(np.uint64) + np.uint64(1)), n)
+        return ngram_hashes(self.character_hashes(self.codes), n)
 
     def excerpt(self, first: int, n: int) -> str:
         """The lowered text from token ``first`` to token ``first + n - 1``."""
