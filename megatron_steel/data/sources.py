@@ -17,9 +17,10 @@ from megatron_steel.data.order import SourceSpec
 from megatron_steel.data.phases import Weighting
 from megatron_steel.data.windows import WindowedDataset, split_documents
 
-# A file without a sidecar is scanned for ids that are out of range: all of it up to this many tokens, else samples.
+# A file without a sidecar is scanned for ids that are out of range: all of it up to this many tokens, else as
+# many in blocks from its first to its last token.
 FULL_SCAN_TOKENS = 1 << 22
-SAMPLED_SEQUENCES = 3000
+SAMPLED_BLOCKS = 256
 OPEN_THREADS = 8
 SUFFIX = "_text_document"
 
@@ -227,26 +228,22 @@ def _check_exists(prefix: str) -> None:
 
 
 def _check_ids(prefix: str, reader: IndexedReader, vocab_size: int) -> None:
-    """Raise ValueError if a token id is outside of [0, vocab_size): all of a small file, samples of a large one."""
-    count = len(reader.sequence_lengths)
-    sequences, limit = np.arange(count), reader.num_tokens
-    if reader.num_tokens > FULL_SCAN_TOKENS:
-        limit = FULL_SCAN_TOKENS // SAMPLED_SEQUENCES
-        if count > SAMPLED_SEQUENCES:
-            third = SAMPLED_SEQUENCES // 3
-            spread = np.linspace(third, count - third - 1, third).astype(np.int64)
-            sequences = np.concatenate([sequences[:third], spread, sequences[-third:]])
-    for sequence in sequences.tolist():
-        length = int(reader.sequence_lengths[sequence])
-        part = min(length, limit)
-        for offset in {0, length - part}:
-            ids = reader.sequence(sequence, offset, part)
-            if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-                bad = int(ids.max()) if ids.max() >= vocab_size else int(ids.min())
-                raise ValueError(
-                    f"{prefix} holds token id {bad} in sequence {sequence}, but the tokenizer has {vocab_size} ids: "
-                    "it was encoded with another tokenizer; pass that one, or preprocess the text again"
-                )
+    """Raise ValueError if a token id is outside of [0, vocab_size): all of a small file, blocks of a large one."""
+    tokens = np.memmap(reader.bin_path, mode="r", dtype=reader.dtype)
+    starts, size = np.zeros(1, dtype=np.int64), len(tokens)
+    if len(tokens) > FULL_SCAN_TOKENS:
+        size = FULL_SCAN_TOKENS // SAMPLED_BLOCKS
+        starts = np.linspace(0, len(tokens) - size, SAMPLED_BLOCKS).astype(np.int64)
+    for start in starts.tolist():
+        ids = tokens[start : start + size]
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            place = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+            byte = (start + place) * reader.dtype.itemsize
+            sequence = int(np.searchsorted(reader.sequence_pointers, byte, side="right")) - 1
+            raise ValueError(
+                f"{prefix} holds token id {ids[place]} in sequence {sequence}, but the tokenizer has {vocab_size} ids: "
+                "it was encoded with another tokenizer; pass that one, or preprocess the text again"
+            )
 
 
 def _number(value: str) -> float | None:
