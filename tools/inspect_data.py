@@ -342,13 +342,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, stop_cleanly)
-    with user_errors():
-        try:
+    try:
+        with user_errors():
             return COMMANDS[options.command](options)
-        except BrokenPipeError:
-            # The reader of a pipe (head) has seen enough; nothing may be flushed into it on the way out.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+    except BrokenPipeError:
+        # The reader of a pipe (head) has seen enough; nothing may be flushed into it on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: {error}; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was written", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_steel.data.encode import SCRIPTS, count_letters, no_letters
 from megatron_steel.data.indexed import IndexedReader, read_sidecar
+from megatron_steel.data.letters import SCRIPTS, count_letters, main_script, no_letters
 from megatron_steel.data.progress import ByteProgress
 from megatron_steel.data.raw_rows import RawRow
 
@@ -141,10 +141,9 @@ def language_stats(
         ids = reader.document(number)
         ids = ids[:-1] if ids[-1] == tokenizer.eos_id else ids
         text = tokenizer.decode(ids.tolist())
-        letters = count_letters(text)[1:]
-        name = SCRIPTS[int(np.argmax(letters))] if letters.any() else SCRIPTS[-1]
+        counts_here = counts[main_script(text)]
         for place, value in enumerate((1, len(ids), len(text))):
-            counts[name][place] += value
+            counts_here[place] += value
     return {
         name: {
             "documents": documents,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +86,7 @@ def test_every_wrong_token_is_named_with_its_document(
     assert notes == [f"{prefix}: no sidecar (.json), so no hash to compare"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     documents=st.lists(
         st.lists(st.lists(st.integers(0, 120), min_size=0, max_size=4), max_size=3), min_size=1, max_size=8
@@ -424,3 +427,29 @@ def test_duplicates_and_import_from_the_command_line(tmp_path: Path, capsys: pyt
         inspect_data.main([*command, "--eod-id", "3"])
     assert error.value.code == 2
     assert "give --pad-id" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = write(tmp_path / "a", DOCUMENTS), write(tmp_path / "b", [[7, EOD]])
+    before = sorted(tmp_path.iterdir())
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        real(handle)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert inspect_data.main(["merge", "--input", one, other, "--output-prefix", str(tmp_path / "ab")]) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device; nothing was written\n"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_output_into_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "a", [[200] * 3000])
+    root = Path(__file__).resolve().parents[2]
+    script = f"{sys.executable} tools/inspect_data.py verify {prefix} --vocab-size 9 --max-problems 3000 | head -n 1"
+    done = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1
+    assert "Error" not in done.stderr

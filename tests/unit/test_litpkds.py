@@ -46,7 +46,7 @@ def documents_of(prefix: Path) -> list[list[int]]:
 texts = st.lists(st.integers(0, EOD - 1), max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     processes=st.lists(st.lists(texts, min_size=1, max_size=6), min_size=1, max_size=3),
     size=st.integers(1, 9),
