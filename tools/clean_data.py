@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--examples", type=int, default=3, help="examples of dropped and changed documents per filter in the report")
     add("--slurm-partition", default="", help="partition")
     add("--slurm-time", default="24:00:00", help="time limit of a job")
+    add("--slurm-qos", default="normal", help="quality of service")
     add("--slurm-cpus-per-task", type=int, default=1, help="cores of a job")
     add("--slurm-mem-per-cpu-gb", type=int, default=4, help="GB of memory per core")
     add("--slurm-env-command", help="shell command that activates the Python environment in a job")
@@ -64,12 +65,14 @@ def run(argv: list[str]) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    from megatron_steel.data.clean import CleanOptions, SlurmOptions, clean, format_report
+    from megatron_steel.data.clean import CleanOptions, clean, format_report
+    from megatron_steel.data.clean_settings import SlurmOptions
 
     pairs = [item.partition("=") for item in args.slurm_sbatch]
     slurm = SlurmOptions(
         partition=args.slurm_partition,
         time=args.slurm_time,
+        qos=args.slurm_qos,
         cpus_per_task=args.slurm_cpus_per_task,
         mem_per_cpu_gb=args.slurm_mem_per_cpu_gb,
         env_command=args.slurm_env_command,

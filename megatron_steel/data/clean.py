@@ -7,33 +7,19 @@ finished tasks there, so the same command run again goes on; with other inputs o
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
 import shutil
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_steel.data.clean_settings import Settings, load_settings
+from megatron_steel.data.clean_settings import Settings, SlurmOptions, load_settings
 from megatron_steel.data.contamination import Contamination
 
 PIECE_BYTES = 64 << 20
 FOLDERS = ("kept", "places", "counts", "exact", "removed", "shards", "out")
-
-
-@dataclass(frozen=True)
-class SlurmOptions:
-    """What datatrove's SlurmPipelineExecutor is given; memory in GB, ``workers`` at once."""
-
-    partition: str = ""
-    time: str = "24:00:00"
-    cpus_per_task: int = 1
-    mem_per_cpu_gb: int = 4
-    env_command: str | None = None
-    sbatch_args: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,12 +56,16 @@ def clean(options: CleanOptions) -> dict[str, Any] | None:
     pieces = plan_tasks(paths, PIECE_BYTES)
     inputs = [{"path": str(path), "bytes": path.stat().st_size} for path in paths]
     work = options.output.with_name(options.output.name + ".cleaning").absolute()
+    # After the checks: the import takes a second.
+    from megatron_steel.data.clean_datatrove import run_local, run_slurm
+
     prepare(work, options, settings, inputs, [path.stat().st_mtime_ns for path in paths])
     stages = build_stages(work, options, settings, inputs, pieces)
     if options.executor == "slurm":
-        run_slurm(work, stages, options)
+        run_slurm(work, stages, options.workers, options.slurm)
+        say(f"submitted; the last job renames {work / 'out'} to {options.output}, its logs are in {work / 'logs'}")
         return None
-    run_local(work, stages, options)
+    run_local(work, stages, options.workers)
     report = json.loads((work / "report.json").read_text(encoding="utf-8"))
     shutil.rmtree(work)
     return report
@@ -119,27 +109,16 @@ def prepare(
     file.write_text(json.dumps(identity), encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Steps that run as one datatrove pipeline, in this many tasks."""
-
-    name: str
-    steps: list[Any]
-    tasks: int
-
-
 def build_stages(
     work: Path, options: CleanOptions, settings: Settings, inputs: list[dict[str, Any]], pieces: list[Any]
-) -> list[Stage]:
-    """The pipelines, in order."""
-    from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets, MinhashDedupCluster
-
+) -> list[Any]:
+    """The pipelines (:class:`clean_datatrove.Stage`), in order."""
     from megatron_steel.data import clean_steps as steps
+    from megatron_steel.data.clean_datatrove import Stage, minhash_stages
     from megatron_steel.data.clean_dedup import Decide
     from megatron_steel.data.clean_output import Publish, WriteShards
 
     minhash, tasks = settings.minhash_dedup, options.tasks
-    signatures, buckets, clusters = (str(work / "minhash" / name) for name in ("signatures", "buckets", "clusters"))
     parts = collections.Counter(piece.path for piece in pieces)
     sized = [(Path(piece.path).stat().st_size // parts[piece.path] + 1, piece) for piece in pieces]
     first = [
@@ -149,11 +128,9 @@ def build_stages(
     ]
     stages = [Stage("filter", first, tasks)]
     if minhash is not None:
-        first.append(steps.Signature(signatures, minhash))
-        config = steps.minhash_config(minhash)
-        pairs = MinhashDedupBuckets(signatures, buckets, config=config)
-        groups = MinhashDedupCluster(buckets, clusters, config=config, save_cluster_id=True)
-        stages += [Stage("buckets", [pairs], minhash.buckets), Stage("cluster", [groups], 1)]
+        signature, found = minhash_stages(work / "minhash", minhash)
+        first.append(signature)
+        stages += found
     stages.append(Stage("decide", [Decide(work, tasks, settings.exact_dedup is not None, minhash is not None)], 1))
     if not options.dry_run:
         shards = WriteShards(work, tasks, options.max_lines_per_file, options.compression)
@@ -174,53 +151,6 @@ def build_stages(
     report = options.report.absolute() if options.report else None
     stages.append(Stage("publish", [Publish(work, options.output.absolute(), report, facts)], 1))
     return stages
-
-
-def run_local(work: Path, stages: list[Stage], options: CleanOptions) -> None:
-    """One stage after the other, ``workers`` processes at a time."""
-    from datatrove.executor.local import LocalPipelineExecutor
-    from datatrove.utils.logging import logger
-
-    # datatrove reports every task on stderr, and an error with its traceback; ours are one line.
-    logger.disable("datatrove")
-    for stage in stages:
-        start = time.monotonic()
-        executor = LocalPipelineExecutor(
-            stage.steps,
-            tasks=stage.tasks,
-            workers=min(options.workers, stage.tasks),
-            logging_dir=str(work / "logs" / stage.name),
-            # Forked workers share the loaded libraries, the tables and the index of the contamination check.
-            start_method="fork",
-        )
-        with contextlib.redirect_stdout(sys.stderr):
-            executor.run()
-        say(f"{stage.name}: {stage.tasks} tasks, {time.monotonic() - start:.1f} s")
-
-
-def run_slurm(work: Path, stages: list[Stage], options: CleanOptions) -> None:
-    """Hand all stages to SLURM as job arrays, each after the one before."""
-    from datatrove.executor.slurm import SlurmPipelineExecutor
-
-    slurm, executor = options.slurm, None
-    for stage in stages:
-        executor = SlurmPipelineExecutor(
-            stage.steps,
-            tasks=stage.tasks,
-            workers=min(options.workers, stage.tasks),
-            time=slurm.time,
-            partition=slurm.partition,
-            cpus_per_task=slurm.cpus_per_task,
-            mem_per_cpu_gb=slurm.mem_per_cpu_gb,
-            env_command=slurm.env_command,
-            sbatch_args=dict(slurm.sbatch_args),
-            job_name=f"clean-{stage.name}",
-            logging_dir=str(work / "logs" / stage.name),
-            depends=executor,
-        )
-    assert executor is not None
-    executor.run()
-    say(f"submitted; the last job renames {work / 'out'} to {options.output}, its logs are in {work / 'logs'}")
 
 
 def say(line: str) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
 
+from megatron_steel.data.clean_datatrove import Document, PipelineStep
 from megatron_steel.data.clean_steps import HASH_BYTES
 
 EXACT, MINHASH = range(2)

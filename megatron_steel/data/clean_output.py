@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
 
+from megatron_steel.data.clean_datatrove import Document, PipelineStep
 from megatron_steel.data.clean_dedup import KINDS, removal_examples
 
 HEAVY = ("kept", "places", "counts", "exact", "minhash", "removed", "shards", "out")

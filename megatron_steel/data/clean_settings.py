@@ -76,6 +76,19 @@ class MinhashDedup:
 
 
 @dataclass(frozen=True)
+class SlurmOptions:
+    """What datatrove's SlurmPipelineExecutor is given; memory in GB, ``workers`` at once."""
+
+    partition: str = ""
+    time: str = "24:00:00"
+    qos: str = "normal"
+    cpus_per_task: int = 1
+    mem_per_cpu_gb: int = 4
+    env_command: str | None = None
+    sbatch_args: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Settings:
     """A parsed YAML file; ``filters`` are (name, filter) in their order."""
 

@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup.minhash import HashConfig, MinhashConfig, MinhashDedupSignature
 
+from megatron_steel.data.clean_datatrove import Document, PipelineStep
 from megatron_steel.data.clean_filters import Outcome
-from megatron_steel.data.clean_settings import ExactDedup, MinhashDedup, Settings
+from megatron_steel.data.clean_settings import ExactDedup, Settings
 from megatron_steel.data.clean_text import Text
 from megatron_steel.data.readers import Task, place, read_task
 
 Documents = Iterator[Document]
 EXCERPT_CHARACTERS = 160
 HASH_BYTES = 16
-SHINGLES_AT_ONCE = 1024
 
 
 @dataclass
@@ -199,43 +196,6 @@ class Store(PipelineStep):
 
     def _hashes(self, rank: int) -> Any:
         return open(self.work / "exact" / f"{rank:05d}.hash", "wb")
-
-
-class Signature(MinhashDedupSignature):
-    """datatrove's MinHash signatures over our token n-grams, so that Chinese needs no word splitter."""
-
-    def __init__(self, output_folder: str, settings: MinhashDedup) -> None:
-        # The base class would load a word splitter (spacy for English) that is not used here.
-        PipelineStep.__init__(self)
-        from datatrove.io import get_datafolder
-
-        self.output_folder = get_datafolder(output_folder)
-        self.config = minhash_config(settings)
-        self.num_hashes = self.config.num_buckets * self.config.hashes_per_bucket
-        self._parameters = None
-        self.skip_existing_sigs = False
-
-    def get_shingles(self, text: str) -> np.ndarray:
-        """uint64 (N, 1) hashed token n-grams; none for a text of fewer tokens, which is then never a near duplicate."""
-        return np.unique(Text(text).token_ngrams(self.config.n_grams)).reshape(-1, 1)
-
-    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """Least hashes per bucket, a few thousand n-grams at a time: a book would take gigabytes at once."""
-        parts = []
-        for first in range(0, len(shingles), SHINGLES_AT_ONCE):
-            parts.append(super().get_signature(shingles[first : first + SHINGLES_AT_ONCE]))
-        return np.array(parts, dtype=np.uint64).min(axis=0).tolist()
-
-
-def minhash_config(settings: MinhashDedup) -> MinhashConfig:
-    """datatrove's form of the settings. Its hash function is not used; sha1 is the one that needs no package."""
-    return MinhashConfig(
-        n_grams=settings.n,
-        num_buckets=settings.buckets,
-        hashes_per_bucket=settings.hashes_per_bucket,
-        seed=settings.seed,
-        hash_config=HashConfig(precision=64, hash_fc="sha1"),
-    )
 
 
 def shares(sizes: list[int], tasks: int) -> list[tuple[int, int]]:

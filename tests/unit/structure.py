@@ -40,6 +40,7 @@ LIBRARY_FILES = {
     "wandb": {"megatron_steel/metrics/wandb_process.py"},
     "tensorboard": {"megatron_steel/metrics/sinks.py"},
     "transformer_engine": {"megatron_steel/model/backends.py"},
+    "datatrove": {"megatron_steel/data/clean_datatrove.py"},
     "transformers": {"megatron_steel/text/huggingface.py", "megatron_steel/checkpoint/verify.py"},
 }
 
