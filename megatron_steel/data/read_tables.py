@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_steel.data.pieces import BLOCK_BYTES, BLOCK_ROWS, Block, Task, row_blocks
-from megatron_steel.data.read_text import check_columns
+from megatron_steel.data.read_text import present
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
@@ -95,9 +95,9 @@ def table_batches(path: Path, task: Task, columns: Sequence[str] | None) -> Iter
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(path) as table:
-            check_columns(task.path, table.schema_arrow.names, columns)
+            names = present(task.path, table.schema_arrow.names, columns)
             groups = range(task.start, task.stop)
-            yield from table.iter_batches(BLOCK_ROWS, row_groups=groups, columns=list(columns) if columns else None)
+            yield from table.iter_batches(BLOCK_ROWS, row_groups=groups, columns=None if columns is None else names)
         return
     with open_arrow(path, columns) as batches:
         chosen = range(task.start, task.stop)
@@ -117,9 +117,9 @@ def open_arrow(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
             opener = pa.ipc.open_stream
             file.seek(0)
             batches = opener(file)
-        if columns:
-            check_columns(str(path), batches.schema.names, columns)
-            chosen = sorted(batches.schema.names.index(name) for name in columns)
+        if columns is not None:
+            there = batches.schema.names
+            chosen = sorted(there.index(name) for name in present(str(path), there, columns))
             file.seek(0)
             batches = opener(file, options=pa.ipc.IpcReadOptions(included_fields=chosen))
         with batches:

@@ -186,8 +186,10 @@ def csv_rows(stream: BinaryIO, path: str, columns: Sequence[str] | None) -> Iter
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(short_lines(lines, path), strict=True)
     try:
-        header = next(reader, [])
-        check_columns(path, header, columns)
+        header = next(reader, None)
+        if header is None:
+            return
+        names = present(path, header, columns)
         if len(set(header)) != len(header):
             raise ValueError(f"{path}: two columns have the same name: {', '.join(map(repr, header))}")
         for fields in reader:
@@ -197,7 +199,7 @@ def csv_rows(stream: BinaryIO, path: str, columns: Sequence[str] | None) -> Iter
                 yield f"{len(fields)} fields where the header has {len(header)}"
                 continue
             row = dict(zip(header, fields, strict=True))
-            wanted = {key: row[key] for key in columns} if columns else row
+            wanted = {name: row[name] for name in names}
             yield wanted if all(map(is_text, wanted.values())) else "not UTF-8"
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: malformed CSV: {error}") from error
@@ -213,19 +215,27 @@ def short_lines(lines: io.TextIOWrapper, path: str) -> Iterator[str]:
         yield line
 
 
-def is_text(field: str) -> bool:
-    """Whether a field was UTF-8: bytes that are not were read as lone surrogates."""
-    if not field.isascii():
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8: lone surrogates, also those read from other bytes, cannot."""
+    if not text.isascii():
         try:
-            field.encode()
+            text.encode()
         except UnicodeEncodeError:
             return False
     return True
 
 
-def check_columns(path: str, there: Sequence[str], wanted: Sequence[str] | None) -> None:
-    """``ValueError`` if a wanted column is not in a table."""
-    for column in wanted or ():
-        if column not in there:
-            names = ", ".join(map(repr, there)) or "none"
-            raise ValueError(f"{path}: no column {column!r}; its columns are {names} (choose with --json-keys)")
+def present(path: str, there: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The wanted columns (None: all) that a table has; ``ValueError`` if it has none of them.
+
+    Those a file lacks may be needed in other files only; whoever needs one in every row will miss it there.
+    """
+    if wanted is None:
+        return list(there)
+    names = [name for name in wanted if name in there]
+    if wanted and not names:
+        raise ValueError(
+            f"{path}: no column {' or '.join(map(repr, wanted))}; "
+            f"its columns are {', '.join(map(repr, there)) or 'none'} (choose with --json-keys)"
+        )
+    return names

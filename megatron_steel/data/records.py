@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from megatron_steel.data.letters import main_script
+from megatron_steel.data.read_text import is_text
 
 SYSTEM = "You are a helpful assistant."
 ROLES = {
@@ -42,6 +43,8 @@ ROLES = {
 MIN_UPVOTES = 100
 COLON = "\uff1a"  # fullwidth
 TEN_THOUSAND = "\u4e07"
+# An option that brings its letter gets no second one.
+LETTERED = re.compile("\\s*[A-Ea-e]\\s*[.:)\uff0e\u3001\uff1a\uff09]")
 UPVOTES = re.compile(rf"([0-9][0-9,.]*)\s*({TEN_THOUSAND}?)")
 EXAM_PARTS = {
     "q_main": "",
@@ -185,6 +188,7 @@ def wanjuan(row: dict[str, Any]) -> Record | None:
         return document(prose(row, "content"), "wanjuan")
     prose(row, "q_main"), prose(row, "std_ans")
     parts = [(label, optional(row, key)) for key, label in EXAM_PARTS.items()]
+    parts = [("" if label[1:] == ". " and LETTERED.match(text) else label, text) for label, text in parts]
     return document("\n".join(label + text for label, text in parts if text.strip()), "wanjuan")
 
 
@@ -223,14 +227,22 @@ FORMATS: dict[str, Callable[[dict[str, Any]], Record | None]] = {
 }
 
 
-def convert(name: str, row: dict[str, Any]) -> Record | None:
-    """A row of the named format as a record; None when the format's own rule leaves it out.
-
-    Raises ``ValueError`` for an unknown format, and for a row that does not have it, saying which key is at fault.
-    """
-    if name not in FORMATS:
-        raise ValueError(f"unknown input format {name!r}; known are {', '.join(FORMATS)}")
-    return FORMATS[name](row)
+# What each format looks at, so that the other columns of a table are not read.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "baike": ("title", "summary", "sections"),
+    "baidu_qa": ("title", "desc", "answer"),
+    "belle": ("instruction", "input", "output", "system", "history"),
+    "sharegpt": ("conversations", "system"),
+    "messages": ("messages", "system"),
+    "firefly": ("input", "target"),
+    "moss": ("conversation", "meta_instruction"),
+    "zhihu": ("INSTRUCTION", "RESPONSE", "METADATA"),
+    "wiki": ("completion",),
+    "starcoder": ("content",),
+    "wanjuan": ("content", *EXAM_PARTS),
+    "wudao": ("title", "content"),
+    "pile": ("text", "meta"),
+}
 
 
 def document(text: str, source: str) -> Record | None:
@@ -266,6 +278,8 @@ def string(row: dict[str, Any], key: str, where: str = "") -> str:
         return ""
     if not isinstance(text, str):
         raise ValueError(f"{where}{key!r} must be text, not {type(text).__name__}")
+    if not is_text(text):
+        raise ValueError(f"{where}{key!r} holds half of a surrogate pair, which is not text")
     return text
 
 

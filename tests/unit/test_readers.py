@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import feather
 
 from megatron_steel.data import read_text
 from megatron_steel.data.readers import Task, expand_inputs, place, plan_tasks, read_task
@@ -158,6 +159,18 @@ def test_a_cut_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=path.name) as caught:
         rows_of(path)
     assert "\n" not in str(caught.value)
+
+
+def test_columns_that_only_some_files_have(tmp_path: Path) -> None:
+    for path in (tmp_path / "a.parquet", tmp_path / "a.arrow", tmp_path / "a.csv"):
+        if path.suffix == ".csv":
+            path.write_text("text,id\na,1\n")
+        else:
+            table = pa.Table.from_pylist([{"text": "a", "id": 1}])
+            (pq.write_table if path.suffix == ".parquet" else feather.write_feather)(table, path)
+        assert rows_of(path, columns=["system", "text"]) == [{"text": "a"}]
+        with pytest.raises(ValueError, match="no column 'system' or 'history'; its columns are 'text', 'id'"):
+            rows_of(path, columns=["system", "history"])
 
 
 def test_inputs(tmp_path: Path) -> None:
@@ -347,7 +360,7 @@ def test_an_archive_cut_anywhere_is_refused(tmp_path: Path, suffix: str) -> None
 def test_empty_files_have_no_rows(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.txt", "a.csv", "a.json", "a.jsonl.gz", "a.jsonl.zst"):
         (tmp_path / name).touch()
-        assert rows_of(tmp_path / name) == [], name
+        assert rows_of(tmp_path / name, columns=["text"]) == [], name
     for name in ("a.parquet", "a.arrow"):
         (tmp_path / name).touch()
         with pytest.raises(ValueError, match=f"{name}: cannot be read"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_steel.data.records import FORMATS, convert
+from megatron_steel.data.records import COLUMNS, FORMATS
 
 START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -93,6 +93,7 @@ CASES: list[tuple[str, dict[str, Any], str | None, str, str]] = [
         "wanjuan",
         "zh",
     ),
+    ("wanjuan", {"q_main": "Q", "option_a": "a: one", "std_ans": "a"}, "Q\na: one\n标准答案：a", "wanjuan", "en"),
     ("wudao", {"id": 1, "dataType": "新闻", "title": "题", "content": "文"}, "题\n文", "wudao", "zh"),
     ("wudao", {"title": "", "content": "文"}, "文", "wudao", "zh"),
     ("pile", {"text": "Hello", "meta": {"pile_set_name": "Pile-CC"}}, "Hello", "pile/Pile-CC", "en"),
@@ -101,12 +102,13 @@ CASES: list[tuple[str, dict[str, Any], str | None, str, str]] = [
 
 @pytest.mark.parametrize(("name", "row", "text", "source", "lang"), CASES)
 def test_text(name: str, row: dict[str, Any], text: str | None, source: str, lang: str) -> None:
-    record = convert(name, row)
-    assert record == (None if text is None else (text, source, lang))
+    expected = None if text is None else (text, source, lang)
+    assert FORMATS[name](row) == expected
+    assert FORMATS[name]({key: value for key, value in row.items() if key in COLUMNS[name]}) == expected
 
 
 def test_every_format_has_a_case() -> None:
-    assert {name for name, *_ in CASES} == set(FORMATS)
+    assert {name for name, *_ in CASES} == set(FORMATS) == set(COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +123,12 @@ def test_every_format_has_a_case() -> None:
         ("moss", {"conversation": []}, "has no turns"),
         ("zhihu", {"INSTRUCTION": "a", "RESPONSE": "b", "METADATA": "{"}, "'METADATA' is not JSON"),
         ("zhihu", {"INSTRUCTION": "a", "RESPONSE": "b"}, "no key 'METADATA'"),
-        ("nothing", {}, "unknown input format 'nothing'; known are baike"),
+        ("belle", {"instruction": "a", "input": "", "output": "\ud800"}, "'output' holds half of a surrogate pair"),
+        ("pile", {"text": "a", "meta": {}}, "meta: no key 'pile_set_name'"),
+        ("wanjuan", {"text": "a"}, "no key 'content' or 'q_main'; its keys are 'text'"),
+        ("baike", {"title": "a", "summary": "b", "sections": [{"title": "c"}]}, "section 1: no key 'content'"),
     ],
 )
 def test_a_wrong_row_says_what_is_missing(name: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        convert(name, row)
+        FORMATS[name](row)
