@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,22 @@ class Signature(MinhashDedupSignature):
         self.num_hashes = self.config.num_buckets * self.config.hashes_per_bucket
         self._parameters = None
         self.skip_existing_sigs = False
+        self.measured = Text("")
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Write the signatures of the task's documents."""
+        super().run(self._watched(data), rank, world_size)
+
+    def _watched(self, data: Iterator[Document]) -> Iterator[Document]:
+        for document in data:
+            # The filters have split this text already.
+            self.measured = document.metadata["measured"]
+            yield document
 
     def get_shingles(self, text: str) -> np.ndarray:
         """uint64 (N, 1) hashed token n-grams; none for a text of fewer tokens, which is then never a near duplicate."""
-        return np.unique(Text(text).token_ngrams(self.config.n_grams)).reshape(-1, 1)
+        assert self.measured.text is text, "signatures are made of what the filters measured"
+        return np.unique(self.measured.token_ngrams(self.config.n_grams)).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """Least hashes per bucket, a few thousand n-grams at a time: a book would take gigabytes at once."""

@@ -157,6 +157,7 @@ class Apply(PipelineStep):
             counts.changed += isinstance(result, str)
             counts.kept += not isinstance(result, str)
         document.text = text.text
+        document.metadata["measured"] = text
         return True
 
     def _note(self, counts: StepCounts, kind: str, document: Document, detail: dict[str, Any]) -> None:
@@ -185,7 +186,7 @@ class Store(PipelineStep):
                     continue
                 places.append(metadata["place"])
                 if self.exact is not None:
-                    hashes.write(exact_hash(document.text, self.exact))
+                    hashes.write(exact_hash(metadata["measured"], self.exact))
                 if not self.dry_run:
                     lines.write(output_line(document.text, metadata["row"], metadata["raw"], self.key))
                 yield document
@@ -255,13 +256,11 @@ def output_line(text: str, row: dict[str, Any], raw: Any, key: str) -> bytes:
     return json.dumps({**row, key: text}, ensure_ascii=False, default=str).encode() + b"\n"
 
 
-def exact_hash(text: str, settings: ExactDedup) -> bytes:
+def exact_hash(text: Text, settings: ExactDedup) -> bytes:
     """16 bytes that equal texts share; of the tokens when case and punctuation do not count."""
-    data = text.encode()
-    if settings.ignore_case_and_punctuation:
-        # A text without any token still has its characters.
-        data = Text(text).tokens[2].tobytes() or data
-    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+    # A text without any token still has its characters.
+    tokens = text.tokens[2].tobytes() if settings.ignore_case_and_punctuation else b""
+    return hashlib.blake2b(tokens or text.text.encode(), digest_size=HASH_BYTES).digest()
 
 
 def shorten(text: str) -> str:

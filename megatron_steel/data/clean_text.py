@@ -19,6 +19,7 @@ SEPARATOR, HAN, WORD, MARK = range(4)
 MIX_A, MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 # Any odd number has an inverse modulo 2**64; these are arbitrary.
 CHARACTER_BASE, TOKEN_BASE = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
+CHARACTER_INVERSE, TOKEN_INVERSE = pow(CHARACTER_BASE, -1, 1 << 64), pow(TOKEN_BASE, -1, 1 << 64)
 # Longer texts are rare, and their powers are computed anew.
 CACHED_POWERS = 1 << 16
 
@@ -80,7 +81,7 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
         return np.empty(0, dtype=np.uint64)
     sums = prefix_sums(hashes, TOKEN_BASE)
     # A difference of prefix sums still depends on where it stands; base**-i moves it back to the beginning.
-    return mix((sums[n:] - sums[:-n]) * powers(pow(TOKEN_BASE, -1, 1 << 64), count))
+    return mix((sums[n:] - sums[:-n]) * powers(TOKEN_INVERSE, count))
 
 
 class Text:
@@ -118,17 +119,16 @@ class Text:
     def tokens(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """int64 starts, int64 ends in ``lowered``, and uint64 hashes of the tokens, in order."""
         codes = self.codes if self.lowered == self.text else code_points(self.lowered)
-        classes = class_table()[np.minimum(codes, ASTRAL_HAN)]
-        if not len(codes):
-            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64)
-        previous = np.concatenate([[SEPARATOR], classes[:-1]])
-        outside = (previous == SEPARATOR) | (previous == HAN)
-        starting = (classes == HAN) | (((classes == WORD) | (classes == MARK)) & outside)
-        following = np.append(starting, True)[1:] | (np.append(classes, SEPARATOR)[1:] == SEPARATOR)
-        starts = np.flatnonzero(starting)
-        ends = np.flatnonzero((classes != SEPARATOR) & following) + 1
+        # One separator before and behind, so that every character has neighbours.
+        padded = np.zeros(len(codes) + 2, dtype=np.uint8)
+        padded[1:-1] = class_table()[np.minimum(codes, ASTRAL_HAN)]
+        # A character begins a token when it is Chinese, or follows a separator or a Chinese character.
+        inside, single = padded != SEPARATOR, padded == HAN
+        starting = inside[1:] & (single[1:] | ~inside[:-1] | single[:-1])
+        starts = np.flatnonzero(starting[:-1])
+        ends = np.flatnonzero(inside[1:-1] & (starting[1:] | ~inside[2:])) + 1
         sums = prefix_sums(self.character_hashes(codes), CHARACTER_BASE)
-        back = powers(pow(CHARACTER_BASE, -1, 1 << 64), len(codes))
+        back = powers(CHARACTER_INVERSE, len(codes))
         return starts, ends, mix((sums[ends] - sums[starts]) * back[starts])
 
     @staticmethod
