@@ -157,7 +157,11 @@ def test_a_changed_past_is_always_refused(base: dict[str, float], phases: list[P
     ledger = new(request(sources, phases))
     which = data.draw(st.integers(0, len(phases) - 1))
     consumed = phases[which].start + data.draw(st.integers(1, 50))
-    other = data.draw(st.sampled_from([{"a": 0.7, "c": 0.9}, {"b": 1.0, "c": 0.123}]))
+    weights = phases[which].weights
+    others = [{"a": 0.7, "c": 0.9}, {"b": 1.0, "c": 0.123}]
+    if len(weights) > 1:
+        others.append({name: weight * (1 + place) for place, (name, weight) in enumerate(weights.items())})
+    other = data.draw(st.sampled_from(others))
     moved = Phase(phases[which].start - 1, phases[which].weights)
     for wrong in (Phase(phases[which].start, other), moved):
         if wrong.start in [phase.start for phase in phases] and wrong is moved:
@@ -175,6 +179,8 @@ def test_future_phases_need_append_data() -> None:
     late = Phase(200, {"web": 1.0, "books": 1.0})
     ledger = new(request(sources, [late]))
     assert [segment.start for segment in ledger.segments] == [0, 200]
+    assert [segment.start for segment in ledger.until(200).segments] == [0]
+    assert [segment.start for segment in ledger.until(201).segments] == [0, 200]
     for phases, message in (
         ([], r"start at samples \[\], the checkpoint's at \[200\]: pass --append-data"),
         ([replace(late, start=300)], r"start at samples \[300\], the checkpoint's at \[200\]"),
