@@ -20,9 +20,6 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
 
 UNSUPPORTED = {
-    "--split-sentences": "sentence splitting is not supported yet; documents are stored whole",
-    "--keep-newlines": "only with sentence splitting, which is not supported yet",
-    "--lang": "only with sentence splitting, which is not supported yet",
     "--partitions": "--workers alone spreads the work; the output does not depend on it",
     "--keep-sequential-samples": "always on here; remove the flag",
     "--find-optimal-num-workers": "use --workers with the number of cores",
@@ -42,7 +39,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options; ``ValueError`` with the nearest flag for one that does not exist."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help=".jsonl or .jsonl.gz files, directories of them, or glob patterns")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, directories of them, or glob patterns; .jsonl .json .txt .csv (.gz, .zst) .parquet .arrow",
+    )
     add("--output-prefix", required=True, help="files are PREFIX_KEY_document.bin, .idx and .json")
     add(
         "--tokenizer-type",
@@ -53,8 +55,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tokenizer-model", help="Hugging Face folder, SentencePiece .model or tiktoken ranks file")
     add("--vocab-size", type=int, help="NullTokenizer: number of ids before end of document")
     add("--tokenizer-hf-no-include-special-tokens", action="store_true", help="without the tokens it adds itself")
+    add("--no-fast-tokenizer", action="store_true", help="encode with the tokenizer's own library, never gigatoken")
     add("--json-keys", nargs="+", default=["text"], help="keys to encode, one dataset each")
+    add("--input-format", metavar="NAME", help="source format of the rows, for example baike, belle, sharegpt, pile")
+    add("--split-sentences", action="store_true", help="store sentences as sequences, in PREFIX_KEY_sentence")
+    add("--keep-newlines", action="store_true", help="keep the white space around sentences")
+    add("--lang", default="english", help="language of --split-sentences; chinese needs no model")
+    add("--punkt-model", metavar="DIR", help="a language's folder of punkt_tab; else Punkt learns from the input")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    add(
+        "--max-rejected",
+        default="0",
+        metavar="N|P%",
+        help="bad lines, or their share, that go to PREFIX.rejected.jsonl before they end the run (default 0)",
+    )
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that encode; all cores when not given")
     add("--log-interval", type=int, default=1000, help="documents between progress lines, at most one in 2 s")
     known = sorted(option for action in parser._actions for option in action.option_strings)
@@ -83,8 +97,15 @@ def run(argv: list[str]) -> None:
         tokenizer_model=args.tokenizer_model,
         vocab_size=args.vocab_size,
         json_keys=args.json_keys,
+        input_format=args.input_format,
         append_eod=args.append_eod,
         include_special_tokens=not args.tokenizer_hf_no_include_special_tokens,
+        fast_tokenizer=not args.no_fast_tokenizer,
+        split_sentences=args.split_sentences,
+        keep_newlines=args.keep_newlines,
+        lang=args.lang,
+        punkt_model=args.punkt_model,
+        max_rejected=args.max_rejected,
         workers=args.workers,
         log_interval=args.log_interval,
     )
@@ -92,9 +113,10 @@ def run(argv: list[str]) -> None:
     for sidecar in preprocess(options):
         seconds = time.monotonic() - start
         print(
-            f"{args.output_prefix}_{sidecar['json_key']}_document: {sidecar['documents']} documents, "
+            f"{Path(args.output_prefix).parent / sidecar['prefix']}: {sidecar['documents']} documents, "
             f"{sidecar['tokens']} tokens, {sidecar['text_bytes'] / 1e6:.2f} MB of text in {seconds:.1f} s "
             f"({sidecar['text_bytes'] / 1e6 / seconds:.2f} MB/s), {sidecar['rejected_lines']['blank']} blank lines"
+            + (f", {sidecar['rejected_lines']['bad']} rejected" if "bad" in sidecar["rejected_lines"] else "")
         )
 
 
@@ -115,7 +137,7 @@ def main() -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
+        print("error: interrupted; the same command goes on from the pieces it finished", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -1,28 +1,20 @@
-"""From raw JSON lines to token arrays: the part of preprocessing that runs in worker processes."""
+"""From blocks of raw text to token arrays: the part of preprocessing that runs in worker processes."""
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import orjson
 
-from megatron_steel.text.tokenizer import Tokenizer
+from megatron_steel.data.letters import letters_of
+from megatron_steel.data.readers import Block
+from megatron_steel.text.fast import TextEncoder
 
-SCRIPTS = ("zh", "en", "other")
-ASTRAL_HAN = 0x20000
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive whole lines of one input file."""
-
-    path: str
-    first_line: int
-    data: bytes
+REJECTED_CHARACTERS = 200
 
 
 @dataclass
@@ -33,149 +25,180 @@ class KeyTokens:
     """
 
     tokens: np.ndarray
-    lengths: list[int]
-    sequences: list[int]
+    lengths: np.ndarray
+    sequences: np.ndarray
     text_bytes: int
     letters: np.ndarray
 
 
+@dataclass(frozen=True)
+class Reject:
+    """A line that gives no document: its number in the task, why, and how it begins."""
+
+    line: int
+    reason: str
+    text: str
+
+
 @dataclass
 class Encoded:
-    """What a worker makes of a block. ``error`` is the first user error in it, with file and line."""
+    """What becomes of a block. ``dropped`` rows are left out by the rule of a source format."""
 
     by_key: dict[str, KeyTokens] = field(default_factory=dict)
     documents: int = 0
+    lines: int = 0
     blank_lines: int = 0
-    error: str | None = None
+    dropped: int = 0
+    rejects: list[Reject] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Row:
+    """A document: its line in the task and the texts under each key."""
+
+    line: int
+    texts: list[list[str]]
+
+
+@dataclass
 class Encoder:
-    """Encodes blocks with one tokenizer; built once per process."""
+    """Encodes blocks: the same settings in every process.
 
-    def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool, dtype: np.dtype[Any]) -> None:
-        self.tokenizer, self.json_keys, self.dtype = tokenizer, tuple(json_keys), dtype
-        self.eod = [tokenizer.eod_id] if append_eod else []
+    ``convert`` makes ``{"text": ...}`` of a row of a named source format, or None to leave it out; ``split`` cuts a
+    text into sentences.
+    """
+
+    text_encoder: TextEncoder
+    json_keys: Sequence[str]
+    eod: int | None
+    dtype: np.dtype[Any]
+    convert: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    split: Callable[[str], list[str]] | None = None
 
     def encode(self, block: Block) -> Encoded:
-        """Encode a block; a user error ends up in ``Encoded.error`` so that the caller meets errors in file order."""
+        """Encode a block; lines that cannot be used end up in ``Encoded.rejects``."""
         result = Encoded()
+        rows = self.rows(block, result)
         try:
-            rows = self._rows(block, result)
-            for key in self.json_keys:
-                result.by_key[key] = self._encode_key(block, rows, key)
-        except ValueError as error:
-            result.error = str(error)
+            result.by_key = self._encode_rows(rows)
+        except (ValueError, TypeError):  # the tokenizer objects: one by one to find the line
+            rows = [row for row in rows if self._encodable(row, result)]
+            result.rejects.sort(key=lambda reject: reject.line)
+            result.by_key = self._encode_rows(rows)
+        result.documents = len(rows)
         return result
 
-    def _rows(self, block: Block, result: Encoded) -> list[tuple[int, dict[str, Any]]]:
-        """Line numbers and objects of the lines that are not blank."""
+    def rows(self, block: Block, result: Encoded) -> list[Row]:
+        """The documents of a block; everything else is counted in ``result``."""
+        if block.reason:
+            result.lines += 1
+            result.rejects.append(Reject(block.first_line, block.reason, ""))
+            return []
+        items: Sequence[Any] = block.data.split(b"\n") if block.rows is None else block.rows
+        count = len(items) - (block.rows is None and not items[-1])
+        result.lines += count
         rows = []
-        lines = block.data.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        for number, line in enumerate(lines, start=block.first_line):
-            if line.strip():
-                rows.append((number, parse_line(line, f"{block.path}:{number}")))
-            else:
-                result.blank_lines += 1
-        result.documents = len(rows)
+        for index in range(count):
+            item = items[index]
+            line = block.first_line + index
+            try:
+                if isinstance(item, bytes):
+                    if not item or item.isspace():
+                        result.blank_lines += 1
+                        continue
+                    item = parse_line(item)
+                elif item is None:
+                    result.blank_lines += 1
+                    continue
+                if self.convert and (item := self.convert(item)) is None:
+                    result.dropped += 1
+                    continue
+                rows.append(Row(line, [self._texts(item, key) for key in self.json_keys]))
+            except ValueError as error:
+                result.rejects.append(Reject(line, str(error), beginning(items[index])))
         return rows
 
-    def _encode_key(self, block: Block, rows: list[tuple[int, dict[str, Any]]], key: str) -> KeyTokens:
-        """Ids of one key of every row: sentences one by one where a row has a list, as Megatron-LM does."""
-        sentences: list[str] = []
-        counts: list[int] = []
-        origins: list[int] = []
-        for number, row in rows:
-            texts = row_texts(row, key, f"{block.path}:{number}")
-            sentences += texts
-            counts.append(len(texts))
-            origins += [number] * len(texts)
-        parts: list[Sequence[int]] = []
-        lengths: list[int] = []
-        sequences: list[int] = []
-        position = 0
-        encoded = self._encode_texts(sentences, origins, block.path)
-        for count in counts:
-            document = [ids for ids in encoded[position : position + count] if len(ids)]
-            position += count
-            parts += document
-            lengths += [len(ids) for ids in document]
-            sequences.append(len(document))
-            if document and self.eod:
-                parts.append(self.eod)
-                lengths[-1] += 1
-        arrays = [np.asarray(ids, dtype=self.dtype) for ids in parts]
-        tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=self.dtype)
-        letters = sum((count_letters(text) for text in sentences), no_letters())
-        return KeyTokens(tokens, lengths, sequences, sum(len(text.encode()) for text in sentences), letters)
+    def _texts(self, row: dict[str, Any], key: str) -> list[str]:
+        """The text under a key in the pieces that become sequences."""
+        text = row.get(key)
+        texts = [text] if type(text) is str and text.isascii() else row_texts(row, key)
+        return [piece for text in texts for piece in self.split(text)] if self.split else texts
 
-    def _encode_texts(self, texts: list[str], origins: list[int], path: str) -> list[list[int]]:
-        """One call for all texts; only when the tokenizer objects, one by one to find the line."""
+    def _encode_rows(self, rows: list[Row]) -> dict[str, KeyTokens]:
+        return {key: self._encode_key([row.texts[at] for row in rows]) for at, key in enumerate(self.json_keys)}
+
+    def _encode_key(self, documents: list[list[str]]) -> KeyTokens:
+        """Ids of one key of every row: sentence by sentence where a row has several, as Megatron-LM does."""
+        texts = [text for document in documents for text in document]
+        ids, sizes = self.text_encoder.encode(texts)
+        # Where each document ends: counted in texts, then in sequences (texts that have ids) and in ids.
+        ends = np.cumsum(np.fromiter(map(len, documents), np.int64, len(documents)))
+        sequence_ends = np.concatenate(([0], np.cumsum(sizes > 0)))[ends] if len(ends) else ends
+        sequences = np.diff(sequence_ends, prepend=0)
+        lengths = sizes[sizes > 0]
+        tokens = ids.astype(self.dtype)
+        if self.eod is not None:
+            filled = sequences > 0
+            tokens = np.insert(tokens, np.concatenate(([0], np.cumsum(sizes)))[ends[filled]], self.eod)
+            lengths[sequence_ends[filled] - 1] += 1
+        joined = "".join(texts)
+        data = joined.encode()
+        return KeyTokens(tokens, lengths.astype(np.int32), sequences.astype(np.int32), len(data), letters_of(data))
+
+    def _encodable(self, row: Row, result: Encoded) -> bool:
+        """Whether the tokenizer takes a document; if not, it is rejected."""
         try:
-            return self.tokenizer.encode_documents(texts)
-        except (ValueError, TypeError):
-            for text, number in zip(texts, origins, strict=True):
-                try:
-                    self.tokenizer.encode_documents([text])
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{path}:{number}: {error}") from error
-            raise
+            self._encode_rows([row])
+        except (ValueError, TypeError) as error:
+            result.rejects.append(Reject(row.line, str(error), "".join(row.texts[0])[:REJECTED_CHARACTERS]))
+            return False
+        return True
 
 
-def parse_line(line: bytes, place: str) -> dict[str, Any]:
-    """The object on a line; ``ValueError`` with file:line for anything that is not one JSON object in UTF-8."""
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The object on a line; ``ValueError`` says why for anything that is not one JSON object in UTF-8."""
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 (byte {error.start + 1} of the line)") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: malformed JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise ValueError(f"{place}: malformed JSON: nested too deep") from error
+        row = orjson.loads(line)
+    except ValueError:
+        row = parse_leniently(line)
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: each line must be a JSON object, not {type(row).__name__}")
+        raise ValueError(f"each line must be a JSON object, not {type(row).__name__}")
     return row
 
 
-def row_texts(row: dict[str, Any], key: str, place: str) -> list[str]:
+def parse_leniently(line: bytes) -> Any:
+    """What Python's own parser makes of a line: it takes more than the standard (NaN), and says where it stops."""
+    if b"\0" in line:
+        raise ValueError(f"holds a NUL byte (byte {line.index(0) + 1} of the line)")
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("malformed JSON: nested too deep") from error
+
+
+def row_texts(row: dict[str, Any], key: str) -> list[str]:
     """The text under a key as a list of one, or the list of sentences it holds. ``ValueError`` says what is there."""
     if key not in row:
         there = ", ".join(map(repr, row)) or "none"
-        raise ValueError(f"{place}: no key {key!r}; its keys are {there} (choose with --json-keys)")
+        raise ValueError(f"no key {key!r}; its keys are {there} (choose with --json-keys)")
     texts = row[key] if isinstance(row[key], list) else [row[key]]
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{place}: {key!r} must be text or a list of texts, not {type(text).__name__}")
+            raise ValueError(f"{key!r} must be text or a list of texts, not {type(text).__name__}")
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"{place}: {key!r} holds half of a surrogate pair, which is not text") from error
+                raise ValueError(f"{key!r} holds half of a surrogate pair, which is not text") from error
     return texts
 
 
-@functools.cache
-def script_table() -> np.ndarray:
-    """For every code point below 0x20000: 0 not a letter, else 1 + the index in ``SCRIPTS``."""
-    table = np.zeros(ASTRAL_HAN + 1, dtype=np.uint8)
-    for code in range(ASTRAL_HAN):
-        if chr(code).isalpha():
-            table[code] = 3
-    for first, last in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)):
-        table[first : last + 1] = 1
-    for first, last in ((ord("A"), ord("Z")), (ord("a"), ord("z"))):
-        table[first : last + 1] = 2
-    table[ASTRAL_HAN] = 1
-    return table
-
-
-def no_letters() -> np.ndarray:
-    """Zero counts in the form of :func:`count_letters`."""
-    return np.zeros(len(SCRIPTS) + 1, dtype=np.int64)
-
-
-def count_letters(text: str) -> np.ndarray:
-    """int64 (4,): characters that are no letters, Chinese characters, ASCII letters, letters of other scripts."""
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    return np.bincount(script_table()[np.minimum(codes, ASTRAL_HAN)], minlength=len(SCRIPTS) + 1)
+def beginning(item: Any) -> str:
+    """The first characters of a rejected line or row."""
+    if isinstance(item, bytes):
+        return item[: 4 * REJECTED_CHARACTERS].decode("utf-8", "replace")[:REJECTED_CHARACTERS]
+    return json.dumps(item, ensure_ascii=False, default=str)[:REJECTED_CHARACTERS].encode(errors="replace").decode()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ TOKEN_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 5: np.dtype(np.
 UINT16_VOCABULARY = 65500
 FINGERPRINT_WINDOW = 1 << 16
 CHECK_CHUNK = 1 << 20
+COPY_BYTES = 1 << 22
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -156,28 +157,29 @@ class IndexedReader:
 class IndexedWriter:
     """Streams documents into ``PREFIX.bin`` and, on :meth:`commit`, writes ``PREFIX.idx``.
 
-    Both files grow under temporary names (``.bin.tmp``, ``.idx.tmp``) and get their own only in :meth:`commit`, the
-    index last: a dataset with an index is complete. Use as a context manager: leaving without commit aborts.
+    Everything grows on disk under temporary names (``.bin.tmp``, ``.idx.tmp`` and the two parts of the index) and gets
+    its own only in :meth:`commit`, the index last: a dataset with an index is complete, and memory does not grow with
+    it. Use as a context manager: leaving without commit aborts.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype[Any]) -> None:
         assert np.dtype(dtype) in TOKEN_DTYPES.values(), f"{dtype} is not a token dtype"
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         self._bin_path, self._idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
-        self._bin_temporary, self._idx_temporary = Path(f"{self.prefix}.bin.tmp"), Path(f"{self.prefix}.idx.tmp")
+        names = ("bin", "idx", "lengths", "documents")
+        self._temporary = {name: Path(f"{self.prefix}.{name}.tmp") for name in names}
+        self._streams: dict[str, BinaryIO] = {}
         try:
             self._bin_path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream: BinaryIO = open(self._bin_temporary, "wb")  # closed by commit or abort
+            for name in ("bin", "lengths", "documents"):  # closed by commit or abort
+                self._streams[name] = open(self._temporary[name], "w+b")
         except OSError as error:
+            self.abort()
             raise ValueError(f"{self._bin_path}: cannot be written: {error.strerror}") from error
-        self._lengths, self._documents = array("i"), array("q", [0])
         self._hash = hashlib.sha256()
-        self.num_tokens = 0
-
-    @property
-    def num_documents(self) -> int:
-        """Documents added so far, empty ones included."""
-        return len(self._documents) - 1
+        self.num_tokens = self.num_documents = self.num_sequences = 0
+        self._bounded = 0  # sequences of the documents noted so far
+        self._streams["documents"].write(np.int64(0).tobytes())
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -197,30 +199,53 @@ class IndexedWriter:
             raise ValueError(f"{self.prefix}: ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}")
         self.add_documents(tokens.astype(self.dtype), lengths, [len(lengths)])
 
-    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int], sequences: Sequence[int]) -> None:
+    def add_documents(
+        self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray, sequences: Sequence[int] | np.ndarray
+    ) -> None:
         """Append several documents at once: their ids in the writer's dtype, all lengths, sequences per document."""
         assert tokens.dtype == self.dtype
-        data = tokens.tobytes()
-        self._stream.write(data)
-        self._hash.update(data)
-        self._lengths.extend(lengths)
-        for count in sequences:
-            self._documents.append(self._documents[-1] + count)
-        self.num_tokens += len(tokens)
+        self._write_tokens(tokens.tobytes())
+        self._write_lengths(np.asarray(lengths, np.int32))
+        self._write_documents(np.asarray(sequences, np.int64))
+
+    def add_parts(self, tokens: BinaryIO, lengths: BinaryIO, sequences: BinaryIO) -> None:
+        """Append the documents of three files: ids in the writer's dtype, int32 lengths, int32 sequences each."""
+        while block := tokens.read(COPY_BYTES):
+            self._write_tokens(block)
+        while block := lengths.read(COPY_BYTES):
+            self._write_lengths(np.frombuffer(block, np.int32))
+        while block := sequences.read(COPY_BYTES):
+            self._write_documents(np.frombuffer(block, np.int32).astype(np.int64))
 
     def merge(self, other_prefix: str) -> None:
         """Append every document of another dataset of the same dtype."""
         other = IndexedReader(other_prefix)
         if other.dtype != self.dtype:
             raise ValueError(f"{other_prefix}: its ids are {other.dtype}, those of {self.prefix} are {self.dtype}")
-        offset = len(self._lengths)
-        self._lengths.extend(other.sequence_lengths.tolist())
-        self._documents.extend((other.document_indices[1:] + offset).tolist())
         with open(other.bin_path, "rb") as stream:
-            while block := stream.read(1 << 24):
-                self._stream.write(block)
-                self._hash.update(block)
-        self.num_tokens += other.num_tokens
+            while block := stream.read(COPY_BYTES):
+                self._write_tokens(block)
+        for start in range(0, len(other), CHECK_CHUNK):
+            self._write_lengths(other.sequence_lengths[start : start + CHECK_CHUNK])
+        for start in range(0, other.num_documents, CHECK_CHUNK):
+            self._write_documents(np.diff(other.document_indices[start : start + CHECK_CHUNK + 1]))
+
+    def _write_tokens(self, data: bytes) -> None:
+        self._streams["bin"].write(data)
+        self._hash.update(data)
+        self.num_tokens += len(data) // self.dtype.itemsize
+
+    def _write_lengths(self, lengths: np.ndarray) -> None:
+        self._streams["lengths"].write(lengths.tobytes())
+        self.num_sequences += len(lengths)
+
+    def _write_documents(self, sequences: np.ndarray) -> None:
+        """Note documents of so many sequences each."""
+        if len(sequences):
+            ends = self._bounded + np.cumsum(sequences)
+            self._streams["documents"].write(ends.tobytes())
+            self._bounded = int(ends[-1])
+            self.num_documents += len(sequences)
 
     def bin_sha256(self) -> str:
         """sha256 hex of the tokens written so far."""
@@ -231,32 +256,42 @@ class IndexedWriter:
         if self.num_tokens == 0:
             self.abort()
             raise ValueError(f"{self.prefix}: nothing to write, there are no tokens")
-        close_synced(self._stream)
-        with open(self._idx_temporary, "wb") as stream:
+        close_synced(self._streams["bin"])
+        with open(self._temporary["idx"], "wb") as stream:
             self._write_index(stream)
             stream.flush()
             os.fsync(stream.fileno())
         # An index of an earlier run must not describe the new data, not even for a moment.
         self._idx_path.unlink(missing_ok=True)
-        os.replace(self._bin_temporary, self._bin_path)
+        os.replace(self._temporary["bin"], self._bin_path)
         if sidecar is not None:
             write_sidecar(self.prefix, sidecar)
-        os.replace(self._idx_temporary, self._idx_path)
+        os.replace(self._temporary["idx"], self._idx_path)
         sync_directory(self._idx_path.parent)
+        self.abort()
 
     def _write_index(self, stream: BinaryIO) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        assert self._bounded == self.num_sequences, "every sequence belongs to a document"
         code = next(code for code, dtype in TOKEN_DTYPES.items() if dtype == self.dtype)
-        stream.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(self._documents)))
-        stream.write(lengths.tobytes())
-        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-        stream.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).tobytes())
-        stream.write(np.frombuffer(self._documents, dtype=np.int64).tobytes())
+        stream.write(HEADER.pack(MAGIC, VERSION, code, self.num_sequences, self.num_documents + 1))
+        lengths, documents = self._streams["lengths"], self._streams["documents"]
+        lengths.seek(0)
+        shutil.copyfileobj(lengths, stream, COPY_BYTES)
+        lengths.seek(0)
+        end = 0
+        while block := lengths.read(COPY_BYTES):
+            sizes = np.frombuffer(block, dtype=np.int32).astype(np.int64) * self.dtype.itemsize
+            ends = end + np.cumsum(sizes)
+            stream.write((ends - sizes).tobytes())
+            end = int(ends[-1])
+        documents.seek(0)
+        shutil.copyfileobj(documents, stream, COPY_BYTES)
 
     def abort(self) -> None:
-        """Remove what is unfinished; does nothing after commit."""
-        self._stream.close()
-        for path in (self._bin_temporary, self._idx_temporary):
+        """Remove what is unfinished or only needed on the way; does nothing more after commit."""
+        for stream in self._streams.values():
+            stream.close()
+        for path in self._temporary.values() if self._streams else ():
             path.unlink(missing_ok=True)
 
 

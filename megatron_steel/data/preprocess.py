@@ -1,302 +1,336 @@
-"""JSON lines to indexed datasets, in parallel, with the bytes of Megatron-LM's ``tools/preprocess_data.py``.
+"""Raw text to indexed datasets, in parallel, with the bytes of Megatron-LM's ``tools/preprocess_data.py``.
 
-The main process reads blocks of lines and writes results in input order; workers parse and encode. A bounded number
-of blocks is in flight, so memory does not grow with the corpus. Blank lines are skipped and counted as rejected
-(Megatron-LM hangs on one); every other fault ends the run before anything gets its final name.
+The input is cut into tasks. Workers read, encode and write a task each into a work folder next to the output; the main
+process plans, shows progress and joins what is finished, in input order. So memory does not grow with the corpus, the
+bytes do not depend on who did what, and a run that was cut off goes on from its finished tasks.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
-import multiprocessing
+import itertools
+import json
 import os
-import signal
 import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from megatron_steel.data.encode import SCRIPTS, Block, Encoded, Encoder, no_letters
+from megatron_steel.data.encode import Encoded, Encoder
 from megatron_steel.data.indexed import IndexedWriter, optimal_dtype
+from megatron_steel.data.letters import SCRIPTS, no_letters
+from megatron_steel.data.preprocess_options import (
+    PreprocessOptions,
+    check_options,
+    converter,
+    rejection_limit,
+    settings_fingerprint,
+)
+from megatron_steel.data.progress import TaskProgress
+from megatron_steel.data.readers import Task, expand_inputs, plan_tasks, read_task
+from megatron_steel.data.shards import ShardRecord, ShardWork, WorkFolder
+from megatron_steel.data.workers import run_work
+from megatron_steel.text.fast import FastEncoder, IdsDiffer, ReferenceEncoder, fast_encoder
+from megatron_steel.text.sentences import CHINESE, Splitter, make_splitter
 from megatron_steel.text.tokenizer import Tokenizer, build_tokenizer
 
-INPUT_SUFFIXES = (".jsonl", ".jsonl.gz")
-BLOCK_BYTES = 1 << 18
-BLOCKS_PER_WORKER = 4
-FIRST_REPORT_SECONDS = 5.0
-REPORT_SECONDS = 2.0
-
-
-@dataclass
-class PreprocessOptions:
-    """What to encode, with which tokenizer, and where to. Names are Megatron-LM's flags."""
-
-    input: list[str]
-    output_prefix: str
-    tokenizer_type: str
-    tokenizer_model: str | None = None
-    vocab_size: int | None = None
-    json_keys: list[str] = field(default_factory=lambda: ["text"])
-    append_eod: bool = False
-    include_special_tokens: bool = True
-    workers: int = 1
-    log_interval: int = 1000
-
-
-@dataclass
-class KeyTotals:
-    """Counts over the texts of one JSON key."""
-
-    text_bytes: int = 0
-    letters: np.ndarray = field(default_factory=no_letters)
-
-    def language_shares(self) -> dict[str, float]:
-        """Share of letters by script: Chinese characters, ASCII letters, the rest. Digits and signs do not count."""
-        letters = max(int(self.letters[1:].sum()), 1)
-        return {name: round(int(count) / letters, 6) for name, count in zip(SCRIPTS, self.letters[1:], strict=True)}
+MIN_TASK_BYTES = 1 << 20
+MAX_TASK_BYTES = 1 << 25
+TASKS_PER_WORKER = 8
+# What the fast encoder is compared on before the run: some texts of some tasks, and no more of each than this.
+SAMPLE_TASKS, SAMPLE_TEXTS, SAMPLE_CHARACTERS = 8, 16, 1000
+TRAINING_CHARACTERS = 2_000_000
 
 
 @dataclass
 class Totals:
-    """Counts over the whole input."""
+    """Counts over the tasks joined so far; letters and bytes by key."""
 
-    by_key: dict[str, KeyTotals]
+    text_bytes: list[int]
+    letters: list[np.ndarray]
     documents: int = 0
+    lines: int = 0
     blank_lines: int = 0
+    dropped: int = 0
+    rejected: int = 0
+    first_reject: str | None = None
 
-    def add(self, encoded: Encoded) -> None:
-        """Add one block's counts."""
-        self.documents += encoded.documents
-        self.blank_lines += encoded.blank_lines
-        for key, part in encoded.by_key.items():
-            self.by_key[key].text_bytes += part.text_bytes
-            self.by_key[key].letters += part.letters
+    def add(self, record: ShardRecord, path: str, lines_before: int) -> None:
+        """Add a shard's counts; ``lines_before`` are those of the file before the task."""
+        self.documents += record.documents
+        self.lines += record.lines
+        self.blank_lines += record.blank_lines
+        self.dropped += record.dropped
+        self.rejected += record.rejected
+        if record.first_reject and not self.first_reject:
+            line, reason = record.first_reject
+            self.first_reject = f"{path}:{lines_before + line}: {reason}"
+        for at, key in enumerate(record.keys):
+            self.text_bytes[at] += key.text_bytes
+            self.letters[at] += np.array(key.letters)
 
 
 def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
     """Encode the input into one dataset per JSON key, ``PREFIX_KEY_document``, and return their sidecars.
 
-    Raises ``ValueError`` in one line, with nothing written, for unusable options, input or tokenizer.
+    Raises ``ValueError`` in one line, with nothing under a final name, for unusable options, input or tokenizer.
     """
     check_options(options)
     paths = expand_inputs(options.input)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers alone says how many cores are used
     tokenizer = build_tokenizer(
         options.tokenizer_type, options.tokenizer_model, options.vocab_size, options.include_special_tokens
     )
     dtype = optimal_dtype(tokenizer.vocab_size)
-    encoder = Encoder(tokenizer, options.json_keys, options.append_eod, dtype)
-    totals, reader = Totals({key: KeyTotals() for key in options.json_keys}), InputReader(paths)
-    progress = Progress(reader, options.log_interval)
+    level = "sentence" if options.split_sentences else "document"
+    prefixes = [f"{options.output_prefix}_{key}_{level}" for key in options.json_keys]
+    fingerprint = settings_fingerprint(options, tokenizer, paths)
     with ExitStack() as stack:
-        stack.callback(reader.close)
-        writers = {
-            key: stack.enter_context(IndexedWriter(f"{options.output_prefix}_{key}_document", dtype))
-            for key in options.json_keys
-        }
-        results = stack.enter_context(closing(encode_blocks(reader.blocks(), encoder, options.workers)))
-        for encoded in results:
-            if encoded.error:
-                raise ValueError(encoded.error)
-            totals.add(encoded)
-            for key, tokens in encoded.by_key.items():
-                writers[key].add_documents(tokens.tokens, tokens.lengths, tokens.sequences)
-            progress.update(totals)
-        check_written(paths, totals, writers)
-        sidecars = [describe(options, tokenizer, key, writer, totals) for key, writer in writers.items()]
-        for writer, sidecar in zip(writers.values(), sidecars, strict=True):
-            writer.commit(sidecar)
+        writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes]
+        folder = WorkFolder(options.output_prefix)
+        stack.callback(folder.close)
+        run = Run(options, paths, tokenizer, folder, writers, fingerprint)
+        try:
+            run.encode_and_join()
+        except IdsDiffer as error:
+            notify(f"{error}; starting over with the tokenizer's own library")
+            for writer in writers:
+                writer.abort()
+            writers[:] = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes]
+            run.start("reference")
+            run.encode_and_join()
+        sidecars = run.commit()
+        folder.clear()
     return sidecars
 
 
-def check_options(options: PreprocessOptions) -> None:
-    """Refuse values no run can use."""
-    if options.workers < 1:
-        raise ValueError(f"--workers {options.workers}: must be at least 1")
-    if options.log_interval < 1:
-        raise ValueError(f"--log-interval {options.log_interval}: must be at least 1")
-    if len(set(options.json_keys)) != len(options.json_keys):
-        raise ValueError(f"--json-keys {' '.join(options.json_keys)}: a key is named twice")
-    for name in options.json_keys:
-        if not name or "/" in name:
-            raise ValueError(f"--json-keys {name!r}: a key becomes part of a file name and cannot be empty or hold '/'")
-    if Path(options.output_prefix).is_dir() or options.output_prefix.endswith("/"):
-        raise ValueError(f"--output-prefix {options.output_prefix}: is a directory; give a prefix for file names in it")
+class Run:
+    """One preprocessing run over planned tasks."""
 
-
-def expand_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Input files in the order given; those of a directory (``*.jsonl``, ``*.jsonl.gz``) or a glob sorted by name."""
-    paths: list[Path] = []
-    for pattern in patterns:
-        if Path(pattern).is_dir():
-            found = sorted(path for path in Path(pattern).iterdir() if path.name.endswith(INPUT_SUFFIXES))
-            if not found:
-                raise ValueError(f"--input {pattern}: the directory holds no {' or '.join(INPUT_SUFFIXES)} file")
-        elif Path(pattern).exists():
-            found = [Path(pattern)]
-        elif glob.has_magic(pattern):
-            found = [Path(name) for name in sorted(glob.glob(pattern)) if Path(name).is_file()]
-            if not found:
-                raise ValueError(f"--input {pattern}: matches no file")
-        else:
-            raise ValueError(f"--input {pattern}: no such file or directory")
-        paths += found
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise ValueError(f"--input: {path} is named twice; its documents would be repeated")
-        seen.add(path.resolve())
-    return paths
-
-
-class InputReader:
-    """Reads the input files one after the other, as blocks of whole lines."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-        self.total_bytes = sum(path.stat().st_size for path in paths)
-        self._finished_bytes = 0
-        self._raw: BinaryIO | None = None
-
-    def blocks(self) -> Iterator[Block]:
-        """Blocks of about ``BLOCK_BYTES``; a longer line is a block of its own."""
-        for path in self.paths:
-            try:
-                self._raw = open(path, "rb")  # closed below and by close()
-                stream = gzip.GzipFile(fileobj=self._raw) if path.suffix == ".gz" else self._raw
-                first_line = 1
-                while data := stream.read(BLOCK_BYTES):
-                    data += stream.readline()
-                    yield Block(str(path), first_line, data)
-                    first_line += data.count(b"\n")
-                self.close()
-            except (OSError, EOFError) as error:
-                raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-            self._finished_bytes += path.stat().st_size
-
-    def consumed_bytes(self) -> int:
-        """Bytes of the files on disk that have been read."""
-        return self._finished_bytes + (self._raw.tell() if self._raw and not self._raw.closed else 0)
-
-    def close(self) -> None:
-        """Close the file being read."""
-        if self._raw:
-            self._raw.close()
-
-
-def encode_blocks(blocks: Iterator[Block], encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
-    """Encode blocks with ``workers`` processes (this one when 1), results in the order of the blocks."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers alone says how many cores are used
-    if workers == 1:
-        yield from map(encoder.encode, blocks)
-        return
-    # Forked workers share the loaded tokenizer; nothing here has started threads or encoded anything yet.
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(encoder, os.getpid()))
-    pending: deque[Future[Encoded]] = deque()
-    try:
-        for block in blocks:
-            pending.append(pool.submit(encode_in_worker, block))
-            if len(pending) >= workers * BLOCKS_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise RuntimeError("a worker process died (out of memory?); use fewer --workers") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-class Worker:
-    """What a worker process keeps between blocks."""
-
-    encoder: Encoder
-
-
-def start_worker(encoder: Encoder, parent: int) -> None:
-    """Set up a worker process: keep the encoder, and end when the main process is gone."""
-    Worker.encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def encode_in_worker(block: Block) -> Encoded:
-    """Encode a block in a worker process."""
-    return Worker.encoder.encode(block)
-
-
-class Progress:
-    """Lines on stderr about a run that takes long."""
-
-    def __init__(self, reader: InputReader, log_interval: int) -> None:
-        self.reader, self.log_interval = reader, log_interval
-        self.start = time.monotonic()
-        self.next_time = self.start + FIRST_REPORT_SECONDS
-        self.next_documents = log_interval
-
-    def update(self, totals: Totals) -> None:
-        """Report when ``log_interval`` documents and some seconds have passed since the last line."""
-        now = time.monotonic()
-        if now < self.next_time or totals.documents < self.next_documents:
+    def __init__(
+        self,
+        options: PreprocessOptions,
+        paths: Sequence[Path],
+        tokenizer: Tokenizer,
+        folder: WorkFolder,
+        writers: list[IndexedWriter],
+        fingerprint: str,
+    ) -> None:
+        self.options, self.paths, self.tokenizer = options, paths, tokenizer
+        self.folder, self.writers, self.fingerprint = folder, writers, fingerprint
+        self.columns = None if options.input_format else options.json_keys
+        self.limit, self.share = rejection_limit(options.max_rejected)
+        reference = ReferenceEncoder(tokenizer)
+        eod = tokenizer.eod_id if options.append_eod else None
+        self.encoder = Encoder(reference, options.json_keys, eod, writers[0].dtype, converter(options.input_format))
+        manifest = folder.manifest()
+        unfinished = manifest if manifest and manifest["fingerprint"] == fingerprint else None
+        # The cut of an unfinished run stays, whatever the number of workers is now.
+        self.task_bytes: int = unfinished["task_bytes"] if unfinished else task_bytes(options, paths)
+        self.tasks = plan_tasks(paths, self.task_bytes)
+        fast = None if unfinished and unfinished["encoder"] == "reference" else self._fast_encoder()
+        self.encoder.text_encoder = fast or reference
+        self.encoder.split = self._splitter() if options.split_sentences else None
+        kind, found = "fast" if fast else "reference", len(folder.finished())
+        if unfinished and unfinished["encoder"] == kind:
+            if found:
+                notify(f"going on from {found} of {len(self.tasks)} finished pieces in {folder.path}")
+            self.totals = self._no_totals()
             return
-        seconds, done = now - self.start, self.reader.consumed_bytes()
-        remaining = seconds * (self.reader.total_bytes - done) / max(done, 1)
-        print(
-            f"preprocess: {totals.documents} documents, {100 * done / max(self.reader.total_bytes, 1):.1f}% | "
-            f"{totals.documents / seconds:.0f} docs/s | {done / seconds / 1e6:.2f} MB/s | "
-            f"ETA {time.strftime('%H:%M:%S', time.gmtime(remaining))}",
-            file=sys.stderr,
-            flush=True,
+        if found:
+            notify(f"{folder.path} is of other settings or another input; starting over")
+        self.start(kind)
+
+    def start(self, kind: str) -> None:
+        """Begin with no shards, with the fast encoder (``kind`` "fast") or with the tokenizer's own library."""
+        self.folder.start({"fingerprint": self.fingerprint, "task_bytes": self.task_bytes, "encoder": kind})
+        if kind == "reference":
+            self.encoder.text_encoder = ReferenceEncoder(self.tokenizer)
+        self.totals = self._no_totals()
+
+    def _no_totals(self) -> Totals:
+        keys = self.options.json_keys
+        return Totals([0] * len(keys), [no_letters() for _ in keys])
+
+    def _splitter(self) -> Splitter:
+        options = self.options
+        if options.punkt_model is None and options.lang.lower() not in CHINESE:
+            notify(f"no --punkt-model; learning where sentences of --lang {options.lang} end from the input")
+        return make_splitter(options.lang, options.keep_newlines, options.punkt_model, self._training_texts)
+
+    def _training_texts(self) -> list[str]:
+        """Texts from the beginning of the input, for Punkt."""
+        texts, characters = [], 0
+        for text in itertools.chain.from_iterable(map(self._texts, self.tasks)):
+            texts.append(text)
+            characters += len(text)
+            if characters >= TRAINING_CHARACTERS:
+                break
+        return texts
+
+    def _texts(self, task: Task) -> Iterator[str]:
+        """The texts of a task, up to where it cannot be read."""
+        plain = Encoder(
+            self.encoder.text_encoder, self.encoder.json_keys, None, self.encoder.dtype, self.encoder.convert
         )
-        self.next_time = now + REPORT_SECONDS
-        self.next_documents = totals.documents + self.log_interval
+        try:
+            for block in read_task(task, self.columns):
+                for row in plain.rows(block, Encoded()):
+                    yield from itertools.chain.from_iterable(row.texts)
+        except ValueError:
+            return  # the run itself reports it, with its place
+
+    def _fast_encoder(self) -> FastEncoder | None:
+        if not self.options.fast_tokenizer or self.tokenizer.name == "NullTokenizer":
+            return None
+        step = max(1, len(self.tasks) // SAMPLE_TASKS)
+        sample = [
+            text[:SAMPLE_CHARACTERS]
+            for task in self.tasks[::step]
+            for text in itertools.islice(self._texts(task), SAMPLE_TEXTS)
+        ]
+        found = fast_encoder(self.tokenizer, sample)
+        if isinstance(found, str):
+            notify(f"encoding with the tokenizer's own library: {found}")
+            return None
+        return found
+
+    def encode_and_join(self) -> None:
+        """Make the shards that are missing and append all of them to the datasets, in input order.
+
+        Raises ``ValueError`` for the first fault in input order, and :class:`IdsDiffer`.
+        """
+        work = ShardWork(self.tasks, self.encoder, self.columns, self.folder, self.limit)
+        loaded = ((number, self.folder.load(number, len(self.writers))) for number in self.folder.finished())
+        ready = {number: record for number, record in loaded if record}
+        missing = [number for number in range(len(self.tasks)) if number not in ready]
+        progress = TaskProgress("preprocess", task_sizes(self.tasks), self.options.log_interval)
+        for number in ready:
+            progress.skip(number)
+        following, lines_before = 0, 0
+        with closing(run_work(work, missing, self.options.workers, progress.update)) as results:
+            while following < len(self.tasks):
+                if following not in ready:
+                    number, record = next(results)
+                    if record.ids_differ:
+                        raise IdsDiffer(record.error)
+                    ready[number] = record
+                    progress.finish(number, record.documents, sum(key.tokens for key in record.keys))
+                    continue
+                if following and self.tasks[following - 1].path != self.tasks[following].path:
+                    lines_before = 0
+                record = ready.pop(following)
+                self._join(following, record, lines_before)
+                lines_before += record.lines
+                following += 1
+        self._check_share()
+
+    def _join(self, number: int, record: ShardRecord, lines_before: int) -> None:
+        """Account for one shard and append its documents."""
+        path = self.tasks[number].path
+        self.totals.add(record, path, lines_before)
+        if self.limit is not None and self.totals.rejected > self.limit:
+            place = str(self.totals.first_reject)
+            if self.limit == 0:
+                raise ValueError(place)
+            raise ValueError(f"more lines than --max-rejected {self.limit} cannot be used; the first: {place}")
+        if record.error:
+            raise ValueError(record.error)
+        if record.rejected:
+            with open(
+                self.folder.all_rejected_path, "ab" if self.totals.rejected > record.rejected else "wb"
+            ) as stream:
+                for reject in self.folder.rejects(number):
+                    line = {"file": path, "line": lines_before + reject.line, "reason": reject.reason}
+                    stream.write(json.dumps(line | {"text": reject.text}, ensure_ascii=False).encode() + b"\n")
+        self.folder.append(number, self.writers)
+
+    def _check_share(self) -> None:
+        """``ValueError`` if more than the allowed share of lines was rejected."""
+        totals = self.totals
+        used = totals.documents + totals.dropped + totals.rejected
+        if self.share is not None and totals.rejected > self.share * used:
+            raise ValueError(
+                f"{totals.rejected} of {used} lines cannot be used, more than --max-rejected "
+                f"{self.options.max_rejected}; the first: {totals.first_reject}"
+            )
+
+    def commit(self) -> list[dict[str, Any]]:
+        """Check that there is something, and give everything its final name."""
+        self._check_written()
+        rejected = Path(f"{self.options.output_prefix}.rejected.jsonl")
+        if self.totals.rejected:
+            os.replace(self.folder.all_rejected_path, rejected)
+        else:
+            rejected.unlink(missing_ok=True)  # it would be an earlier run's
+        sidecars = [self._describe(at) for at in range(len(self.writers))]
+        for writer, sidecar in zip(self.writers, sidecars, strict=True):
+            writer.commit(sidecar)
+        return sidecars
+
+    def _check_written(self) -> None:
+        """``ValueError`` when the input gave no documents, or a key nothing but empty texts."""
+        names = ", ".join(map(str, self.paths[:3])) + (" ..." if len(self.paths) > 3 else "")
+        if self.totals.documents == 0 or not all(writer.num_tokens for writer in self.writers):
+            self.folder.clear()  # to go on would end here again
+        if self.totals.documents == 0:
+            raise ValueError(f"{names}: holds no documents")
+        for key, writer in zip(self.options.json_keys, self.writers, strict=True):
+            if writer.num_tokens == 0:
+                raise ValueError(f"{names}: {key!r} is empty text in all {self.totals.documents} documents")
+
+    def _describe(self, at: int) -> dict[str, Any]:
+        """The sidecar of one dataset."""
+        options, tokenizer, totals, writer = self.options, self.tokenizer, self.totals, self.writers[at]
+        letters = totals.letters[at][1:]
+        shares = [round(int(count) / max(int(letters.sum()), 1), 6) for count in letters]
+        rejected = {"blank": totals.blank_lines}
+        if totals.rejected:
+            rejected["bad"] = totals.rejected
+        if totals.dropped:
+            rejected["dropped_by_format"] = totals.dropped
+        return {
+            "prefix": Path(writer.prefix).name,
+            "json_key": options.json_keys[at],
+            "tokenizer_type": tokenizer.name,
+            "tokenizer_fingerprint": tokenizer.fingerprint(),
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eos_id,
+            "append_eod": options.append_eod,
+            "include_special_tokens": options.include_special_tokens,
+            "dtype": str(writer.dtype),
+            "documents": writer.num_documents,
+            "tokens": writer.num_tokens,
+            "text_bytes": totals.text_bytes[at],
+            "language_shares": dict(zip(SCRIPTS, shares, strict=True)),
+            "rejected_lines": rejected,
+            "bin_sha256": writer.bin_sha256(),
+        }
 
 
-def check_written(paths: Sequence[Path], totals: Totals, writers: dict[str, IndexedWriter]) -> None:
-    """``ValueError`` when the input gave no documents, or a key nothing but empty texts."""
-    names = ", ".join(str(path) for path in paths[:3]) + (" ..." if len(paths) > 3 else "")
-    if totals.documents == 0:
-        raise ValueError(f"{names}: holds no documents")
-    for key, writer in writers.items():
-        if writer.num_tokens == 0:
-            raise ValueError(f"{names}: {key!r} is empty text in all {totals.documents} documents")
+def task_bytes(options: PreprocessOptions, paths: Sequence[Path]) -> int:
+    """The size of tasks: several for each worker, but neither tiny nor so large that much is lost with one."""
+    if options.task_bytes is not None:
+        return options.task_bytes
+    total = sum(path.stat().st_size for path in paths)
+    return max(MIN_TASK_BYTES, min(MAX_TASK_BYTES, total // (options.workers * TASKS_PER_WORKER) + 1))
 
 
-def describe(
-    options: PreprocessOptions, tokenizer: Tokenizer, key: str, writer: IndexedWriter, totals: Totals
-) -> dict[str, Any]:
-    """The sidecar of one dataset."""
-    counts = totals.by_key[key]
-    return {
-        "prefix": Path(writer.prefix).name,
-        "json_key": key,
-        "tokenizer_type": tokenizer.name,
-        "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eos_id,
-        "append_eod": options.append_eod,
-        "include_special_tokens": options.include_special_tokens,
-        "dtype": str(writer.dtype),
-        "documents": writer.num_documents,
-        "tokens": writer.num_tokens,
-        "text_bytes": counts.text_bytes,
-        "language_shares": counts.language_shares(),
-        "rejected_lines": {"blank": totals.blank_lines},
-        "bin_sha256": writer.bin_sha256(),
-    }
+def task_sizes(tasks: Sequence[Task]) -> list[int]:
+    """Bytes of the file each task stands for: its own, or of a file cut in other units an equal part."""
+    pieces: dict[str, list[Task]] = {}
+    for task in tasks:
+        pieces.setdefault(task.path, []).append(task)
+    sizes = {path: Path(path).stat().st_size for path in pieces}
+    in_bytes = {path: sum(task.stop - task.start for task in pieces[path]) == sizes[path] for path in pieces}
+    return [
+        task.stop - task.start if in_bytes[task.path] else sizes[task.path] // len(pieces[task.path]) for task in tasks
+    ]
+
+
+def notify(message: str) -> None:
+    """Tell the user one thing about the run."""
+    print(f"preprocess: {message}", file=sys.stderr, flush=True)

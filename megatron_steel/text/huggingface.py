@@ -74,11 +74,19 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=self._include_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def backend_state(self) -> dict[str, Any]:
+        """The content of ``tokenizer.json`` as the library understood it."""
+        return json.loads(self._backend.to_str())
+
+    def adds_tokens(self) -> bool:
+        """Whether :meth:`encode_documents` puts tokens of its own around a text."""
+        return self._include_special_tokens and self._backend.num_special_tokens_to_add(False) > 0
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(index) for index in ids], skip_special_tokens=False)
 
     def byte_lengths(self) -> np.ndarray:
-        state = json.loads(self._backend.to_str())
+        state = self.backend_state()
         byte_level = "ByteLevel" in step_types(state.get("pre_tokenizer")) | step_types(state.get("decoder"))
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for piece, index in self._backend.get_vocab(with_added_tokens=False).items():
@@ -93,7 +101,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return lengths
 
     def fingerprint(self) -> str:
-        state = json.loads(self._backend.to_str())
+        state = self.backend_state()
         parts = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
         decisive = {part: without_defaults(state.get(part)) for part in parts}
         decisive["special"] = [self.bos_id, self.eos_id]

@@ -36,10 +36,12 @@ def outputs(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def assert_user_error(done: subprocess.CompletedProcess[str], tmp_path: Path, *parts: str) -> None:
+def assert_user_error(
+    done: subprocess.CompletedProcess[str], tmp_path: Path, *parts: str, finished_pieces: bool = False
+) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert not done.stdout and not outputs(tmp_path)
+    assert not done.stdout and outputs(tmp_path) == (["set.parts"] if finished_pieces else [])
     for part in parts:
         assert part in done.stderr
 
@@ -76,13 +78,18 @@ def test_bad_content_names_file_and_line(content: bytes, parts: list[str], worke
     [
         (["--input", "absent.jsonl", *TOKENIZER], ["--input absent.jsonl: no such file or directory"]),
         (["--input", "*.none", *TOKENIZER], ["--input *.none: matches no file"]),
-        (["--input", "empty", *TOKENIZER], ["--input empty: the directory holds no .jsonl"]),
+        (["--input", "empty", *TOKENIZER], ["--input empty: the directory holds no file that ends in .jsonl"]),
         (["--input", "in.jsonl", "./in.jsonl", *TOKENIZER], ["named twice"]),
         (["--input", "cut.jsonl.gz", *TOKENIZER], ["cut.jsonl.gz: cannot be read"]),
         (["--input", "in.jsonl", *TOKENIZER, "--worker", "2"], ["unknown flag --worker; did you mean --workers?"]),
         (["--input", "in.jsonl", *TOKENIZER, "--workers", "two"], ["--workers", "'two'"]),
         (["--input", "in.jsonl", *TOKENIZER, "--workers", "0"], ["--workers 0: must be at least 1"]),
-        (["--input", "in.jsonl", *TOKENIZER, "--split-sentences"], ["--split-sentences", "not supported"]),
+        (["--input", "in.jsonl", *TOKENIZER, "--keep-newlines"], ["--keep-newlines: is about --split-sentences"]),
+        (["--input", "in.jsonl", *TOKENIZER, "--punkt-model", "x"], ["--punkt-model: is for --split-sentences"]),
+        (["--input", "in.jsonl", *TOKENIZER, "--split-sentences", "--punkt-model", "empty"], ["holds no abbrev"]),
+        (["--input", "in.jsonl", *TOKENIZER, "--max-rejected", "-1"], ["--max-rejected -1: must be a number of"]),
+        (["--input", "in.jsonl", *TOKENIZER, "--max-rejected", "200%"], ["--max-rejected 200%: must be a number"]),
+        (["--input", "in.jsonl", *TOKENIZER, "--input-format", "none"], ["--input-format none: must be one of"]),
         (["--input", "in.jsonl", *TOKENIZER, "--json-keys", "text", "text"], ["a key is named twice"]),
         (["--input", "in.jsonl", "--tokenizer-type", "HuggingFaceTokenizer"], ["give --tokenizer-model"]),
         (["--input", "in.jsonl", "--tokenizer-type", "NullTokenizer"], ["NullTokenizer: give --vocab-size"]),
@@ -116,7 +123,10 @@ def test_the_first_error_in_file_order_is_reported_for_any_worker_count(tmp_path
     (tmp_path / "in.jsonl").write_text(long * 20 + "{bad\n" + long * 20 + "{worse\n")
     for workers in ("1", "2", "3"):
         done = run(tmp_path, "--input", "in.jsonl", *TOKENIZER, "--workers", workers)
-        assert_user_error(done, tmp_path, "in.jsonl:21: malformed JSON")
+        done.stderr = done.stderr.split("\n", 1)[1] if done.stderr.startswith("preprocess: going on") else done.stderr
+        assert_user_error(done, tmp_path, "in.jsonl:21: malformed JSON", finished_pieces=True)
+    done = run(tmp_path, "--input", "in.jsonl", *TOKENIZER, "--max-rejected", "1")
+    assert "more lines than --max-rejected 1 cannot be used; the first: in.jsonl:21: malformed JSON" in done.stderr
 
 
 def test_a_failed_run_leaves_an_earlier_dataset_alone(tmp_path: Path) -> None:
@@ -159,30 +169,62 @@ def test_several_keys_make_several_datasets(tmp_path: Path) -> None:
     assert body["language_shares"] == {"zh": 1.0, "en": 0.0, "other": 0.0}
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_leaves_no_dataset_and_no_process(number: signal.Signals, workers: str, tmp_path: Path) -> None:
+def write_long_input(tmp_path: Path) -> None:
+    """38 MB, several seconds of work."""
     with open(tmp_path / "in.jsonl", "w") as stream:
-        for _ in range(400):
-            stream.write(json.dumps({"text": "many different words 123 " * 4000}) + "\n")
-    flags = ["--input", "in.jsonl", *TOKENIZER, "--workers", workers]
+        for number in range(400):
+            stream.write(json.dumps({"text": f"many different words {number} " * 4000}) + "\n")
+
+
+def start_long_run(tmp_path: Path, *flags: str) -> subprocess.Popen[str]:
+    """A run on that input, returned when its first piece is finished."""
     process = subprocess.Popen(
-        command(tmp_path, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path, text=True
-    )
-    temporary = tmp_path / "out" / "set_text_document.bin.tmp"
-    deadline = time.monotonic() + 30
-    while not (temporary.exists() and temporary.stat().st_size) and time.monotonic() < deadline:
+        command(tmp_path, "--input", "in.jsonl", *TOKENIZER, "--no-fast-tokenizer", *flags),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out" / "set.parts").glob("[0-9]*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
         time.sleep(0.02)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    assert len(children) == (0 if workers == "1" else 2)
+    return process
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGKILL, 1), (signal.SIGKILL, 2)]
+)
+def test_a_stopped_run_leaves_no_dataset_and_no_process_and_goes_on(
+    number: signal.Signals, workers: int, tmp_path: Path
+) -> None:
+    write_long_input(tmp_path)
+    process = start_long_run(tmp_path, "--workers", str(workers))
+    children = children_of(process)
+    assert len(children) == (0 if workers == 1 else 2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 1)
     assert "Traceback" not in errors
-    assert outputs(tmp_path) == (["set_text_document.bin.tmp"] if number == signal.SIGKILL else [])
+    left = outputs(tmp_path)
+    assert "set.parts" in left and all(name.endswith((".parts", ".tmp")) for name in left)
+    assert number == signal.SIGKILL or left == ["set.parts"]
+    deadline = time.monotonic() + 10
     while any(alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(alive(child) for child in children)
+    done = run(tmp_path, "--input", "in.jsonl", *TOKENIZER, "--no-fast-tokenizer", "--workers", "2")
+    assert done.returncode == 0 and "going on from" in done.stderr
+    again = files(tmp_path)
+    assert run(tmp_path, "--input", "in.jsonl", *TOKENIZER, "--workers", "1").returncode == 0
+    assert files(tmp_path) == again, "the fast encoder and a run in one go write the same"
+
+
+def files(tmp_path: Path) -> dict[str, bytes]:
+    """Name and content of every output file."""
+    return {name: (tmp_path / "out" / name).read_bytes() for name in outputs(tmp_path)}
 
 
 def alive(pid: int) -> bool:
@@ -194,20 +236,57 @@ def alive(pid: int) -> bool:
 
 
 def test_a_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
-    with open(tmp_path / "in.jsonl", "w") as stream:
-        for _ in range(400):
-            stream.write(json.dumps({"text": "many different words 123 " * 4000}) + "\n")
-    process = subprocess.Popen(
-        command(tmp_path, "--input", "in.jsonl", *TOKENIZER, "--workers", "2"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path, text=True,
-    )  # fmt: skip
-    temporary = tmp_path / "out" / "set_text_document.bin.tmp"
-    deadline = time.monotonic() + 30
-    while not (temporary.exists() and temporary.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    child = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
-    os.kill(int(child), signal.SIGKILL)
+    write_long_input(tmp_path)
+    process = start_long_run(tmp_path, "--workers", "2")
+    os.kill(children_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert errors.startswith("error: a worker process died") and errors.count("\n") == 1
-    assert not outputs(tmp_path)
+    assert outputs(tmp_path) == ["set.parts"]
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
+    """The size a file may have stands in for the disk: writing beyond it fails in the same place."""
+    write_long_input(tmp_path)
+    flags = ["--input", "in.jsonl", *TOKENIZER, "--workers", "2"]
+    limit = ["bash", "-c", 'ulimit -f 4000; trap "" XFSZ; exec "$@"', "limited"]
+    done = subprocess.run([*limit, *command(tmp_path, *flags)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == "error: [Errno 27] File too large\n", done.stderr
+    assert outputs(tmp_path) == ["set.parts"]
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0 and "going on from" in done.stderr
+    again = files(tmp_path)
+    assert run(tmp_path, *flags).returncode == 0 and files(tmp_path) == again
+
+
+def test_bad_lines_go_to_a_file_under_a_quota(tmp_path: Path) -> None:
+    good = json.dumps({"text": "good words " * 100}) + "\n"
+    lines = [good] * 3000
+    bad = {
+        10: (b'{"text": "cut\n', "malformed JSON"),
+        700: (b'{"text": "\xff"}\n', "not UTF-8"),
+        1400: (b'{"text": "a\x00b"}\n', "holds a NUL byte"),
+        2100: (b'{"other": 1}\n', "no key 'text'"),
+        2999: (b'{"text": 5}\n', "'text' must be text"),
+    }
+    data = b"".join(bad[number][0] if number in bad else line.encode() for number, line in enumerate(lines, start=1))
+    (tmp_path / "in.jsonl").write_bytes(data)
+    (tmp_path / "good.jsonl").write_text(good * (3000 - len(bad)))
+    assert run(tmp_path, "--input", "good.jsonl", *TOKENIZER).returncode == 0
+    expected = {name: content for name, content in files(tmp_path).items() if not name.endswith(".json")}
+    for flags in (["5", "--workers", "1"], ["5", "--workers", "3"], ["0.2%", "--workers", "2"]):
+        done = run(tmp_path, "--input", "in.jsonl", *TOKENIZER, "--max-rejected", *flags)
+        assert done.returncode == 0 and "5 rejected" in done.stdout, done.stderr
+        found = files(tmp_path)
+        rejected = [json.loads(line) for line in found["set.rejected.jsonl"].splitlines()]
+        assert [row["line"] for row in rejected] == sorted(bad)
+        assert {row["file"] for row in rejected} == {"in.jsonl"}
+        assert all(bad[row["line"]][1] in row["reason"] for row in rejected)
+        assert rejected[0]["text"] == '{"text": "cut'
+        assert {name: found[name] for name in expected} == expected
+        sidecar = json.loads(found["set_text_document.json"])
+        assert sidecar["rejected_lines"] == {"blank": 0, "bad": 5} and sidecar["documents"] == 2995
+    done = run(tmp_path, "--input", "in.jsonl", *TOKENIZER, "--max-rejected", "0.1%")
+    assert done.returncode == 2 and "5 of 3000 lines cannot be used, more than --max-rejected 0.1%" in done.stderr
+    assert run(tmp_path, "--input", "good.jsonl", *TOKENIZER).returncode == 0
+    assert "set.rejected.jsonl" not in outputs(tmp_path), "it was another dataset's"

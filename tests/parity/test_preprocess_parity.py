@@ -55,7 +55,8 @@ def preprocess(corpus: Path, tokenizer: tuple[str, str], prefix: Path, workers: 
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(corpus)]
     command += ["--output-prefix", str(prefix), "--tokenizer-type", tokenizer[0], "--tokenizer-model", tokenizer[1]]
     done = subprocess.run([*command, "--workers", str(workers), *flags], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert all("the tokenizer's own library: " in line for line in done.stderr.splitlines()), done.stderr
     return prefix.with_name(prefix.name + "_text_document")
 
 
