@@ -102,7 +102,7 @@ class DataConfig:
     """What is trained on, and in which order."""
 
     data_path: list[str] = field(default_factory=list)
-    """Indexed datasets: PREFIX, or WEIGHT PREFIX pairs, or several PREFIX weighted by their tokens."""
+    """Indexed datasets: PREFIX or patterns of them, weighted by their tokens, or WEIGHT PREFIX pairs."""
     split: str = "969,30,1"
     """Shares of the documents of each data_path for training, validation and test."""
     train_data_path: list[str] = field(default_factory=list)

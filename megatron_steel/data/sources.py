@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +139,8 @@ def _add_split_valid(
 def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[tuple[float | None, str]]:
     """Return (weight or None, prefix) of each source; the forms are Megatron-LM's.
 
-    One or more PREFIX, or WEIGHT PREFIX pairs. Values are read as pairs if one of them is a number.
+    One or more PREFIX, or WEIGHT PREFIX pairs. Values are read as pairs if one of them is a number. Beyond
+    Megatron-LM, a PREFIX without a weight may be a pattern (`expand_pattern`).
     Raises ValueError for a mixture, a weight that is not positive, a prefix that is listed twice.
     """
     numbers = [_number(value) for value in values]
@@ -146,6 +149,9 @@ def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[tu
         raise ValueError(f"{flag} {' '.join(values)}: give prefixes only, or a weight before each of them")
     weights = numbers[0::2] if pairs else [None] * len(values)
     prefixes = [value.strip() for value in (values[1::2] if pairs else values)]
+    if not pairs:
+        prefixes = [prefix for value in prefixes for prefix in expand_pattern(value, flag)]
+        weights = [None] * len(prefixes)
     for weight, prefix in zip(weights, prefixes, strict=True):
         if weight is not None and not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"{flag}: the weight {weight:g} of {prefix} is not a positive number")
@@ -153,6 +159,26 @@ def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[tu
         if count > 1:
             raise ValueError(f"{flag} lists {prefix} {count} times; list it once, with a higher weight")
     return list(zip(weights, prefixes, strict=True))
+
+
+def expand_pattern(value: str, flag: str = "--data-path") -> list[str]:
+    """Return the prefixes that a pattern with `*`, `?` or `[...]` matches, sorted; any other value as it is.
+
+    PATTERN:K takes the first K of each folder. Raises ValueError if nothing matches.
+    """
+    if not re.search(r"[*?[]", value) or Path(f"{value}.idx").is_file():
+        return [value]
+    limited = re.fullmatch(r"(.*):(\d+)", value)
+    pattern, first = (limited[1], int(limited[2])) if limited else (value, None)
+    folders: dict[Path, list[str]] = {}
+    for path in sorted(glob.glob(f"{pattern}.idx", recursive=True)):
+        folders.setdefault(Path(path).parent, []).append(path.removesuffix(".idx"))
+    found = [prefix for prefixes in folders.values() for prefix in prefixes[:first]]
+    if not found:
+        raise ValueError(
+            f"{flag} {value}: no {pattern}.idx; give prefixes of .bin and .idx files, or a pattern of them"
+        )
+    return found
 
 
 def parse_valid_data_path(values: Sequence[str]) -> list[tuple[str, str]]:

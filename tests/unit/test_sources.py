@@ -88,6 +88,28 @@ def test_target_epochs_are_one_for_each_source_and_instead_of_weights(tmp_path: 
         open_data(train_data_path=[a, b], target_epochs=[0.5])
 
 
+def test_patterns_choose_files_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, count in (("zh", 4), ("en", 1), ("code", 3)):
+        for number in range(count):
+            write(Path(folder) / f"part_{number}", documents(3, 50, number))
+    names = ["code/part_0", "code/part_1", "code/part_2", "en/part_0"] + [f"zh/part_{i}" for i in range(4)]
+    assert parse_data_path(["*/part_*"]) == [(None, name) for name in names] == parse_data_path(["**/part_?"])
+    first_two = ["code/part_0", "code/part_1", "en/part_0", "zh/part_0", "zh/part_1"]
+    assert [prefix for _, prefix in parse_data_path(["*/part_*:2"])] == first_two
+    assert [prefix for _, prefix in parse_data_path(["zh/part_[13]", "en/part_0"])] == [
+        "zh/part_1",
+        "zh/part_3",
+        "en/part_0",
+    ]
+    write(Path("odd[1]"), documents(3, 50))
+    assert parse_data_path(["odd[1]"]) == [(None, "odd[1]")]
+    with pytest.raises(ValueError, match=r"--data-path fr/\*:2: no fr/\*.idx; give prefixes"):
+        parse_data_path(["fr/*:2"])
+    with pytest.raises(ValueError, match="lists zh/part_0 2 times"):
+        parse_data_path(["zh/*", "zh/part_0"])
+
+
 def test_names_are_short_and_tell_apart() -> None:
     assert source_names(["/d/zh/wiki_text_document", "/d/en/wiki_text_document", "/d/code", "news"]) == [
         "zh/wiki",
