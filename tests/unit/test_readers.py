@@ -31,7 +31,7 @@ def rows_of(path: Path, task_bytes: int = 1 << 20, columns: list[str] | None = N
             if block.reason:
                 rows.append(block.reason)
             elif block.rows is None:
-                rows += [json.loads(line) for line in block.data.split(b"\n") if line.strip()]
+                rows += [json.loads(line.decode()) for line in block.data.split(b"\n") if line.strip()]
             else:
                 rows += [row for row in block.rows if row is not None]
     return rows
@@ -140,6 +140,15 @@ def test_bad_utf8_in_a_text_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n\xff\xfe\nlast")
     assert rows_of(path) == [{"text": "good"}, "not UTF-8 (byte 1 of the line)", {"text": "last"}]
+
+
+def test_rows_count_with_those_that_are_blank_or_bad(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\n\xff\n\xff\nfive\nsix\n\xff\neight")
+    [task] = plan_tasks([path], 1 << 20)
+    found = [(block.first_line, len(block.rows) if block.rows else block.reason) for block in read_task(task, None)]
+    bad = "not UTF-8 (byte 1 of the line)"
+    assert found == [(1, 2), (3, bad), (4, bad), (5, 2), (7, bad), (8, 1)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.json", "a.csv"])
