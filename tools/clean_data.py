@@ -106,7 +106,8 @@ def main() -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
-        print(f'error: {error.name} is not installed; pip install "megatron_steel[clean]"', file=sys.stderr)
+        name = str(error.name).split(".")[0]
+        print(f'error: {name} is not installed; pip install "megatron_steel[clean]"', file=sys.stderr)
         raise SystemExit(1) from None
     except (RuntimeError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -101,3 +101,19 @@ def test_a_result_is_not_overwritten_and_another_run_not_continued(tmp_path: Pat
     assert done.returncode == 0 and "continuing" in done.stderr
     done = run(tmp_path, "", *flags)
     assert done.returncode == 2 and "--output out: exists already" in done.stderr
+
+
+def test_without_the_extra_the_error_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    (tmp_path / "c.yaml").write_text("filters: [links]")
+    # None in sys.modules is what Python raises ModuleNotFoundError for.
+    code = (
+        "import runpy, sys; sys.modules['datatrove'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    flags = ["--input", "in.jsonl", "--config", "c.yaml", "--output", "out"]
+    tool = [sys.executable, "-c", code, str(ROOT / "tools" / "clean_data.py"), *flags]
+    done = subprocess.run(tool, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == 'error: datatrove is not installed; pip install "megatron_steel[clean]"\n'
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.cleaning").exists()
