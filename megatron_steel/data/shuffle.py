@@ -16,6 +16,8 @@ ROUNDS = 8
 MAX_DOMAIN = 1 << 60
 # Below 64 elements a Feistel network has too few distinct round functions to reach every order.
 MIN_HALF_BITS = 3
+# Values worked on at a time: what a round touches stays in a core's cache.
+BLOCK = 1 << 14
 
 
 def round_keys(*parts: int | str) -> np.ndarray:
@@ -50,16 +52,30 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     """One pass of the network over uint64 values of 2 * half bits; keys (ROUNDS, 1 or N)."""
-    shift = np.uint64(64 - half)
-    left = values >> np.uint64(half)
-    right = values & np.uint64((1 << half) - 1)
-    for key in keys:
-        left, right = right, left ^ (_mix(right + key) >> shift)
-    return (left << np.uint64(half)) | right
+    shift, size = np.uint64(64 - half), len(values)
+    out = np.empty_like(values)
+    mixed, scratch = np.empty_like(values[:BLOCK]), np.empty_like(values[:BLOCK])
+    for start in range(0, size, BLOCK):
+        block = slice(start, min(start + BLOCK, size))
+        part, other = mixed[: block.stop - start], scratch[: block.stop - start]
+        left = values[block] >> np.uint64(half)
+        right = values[block] & np.uint64((1 << half) - 1)
+        for key in keys:
+            np.add(right, key if key.size == 1 else key[block], out=part)
+            _mix(part, other)
+            part >>= shift
+            left ^= part
+            left, right = right, left
+        np.left_shift(left, np.uint64(half), out=out[block])
+        out[block] |= right
+    return out
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, modulo 2**64 (numpy arrays wrap silently)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def _mix(values: np.ndarray, scratch: np.ndarray) -> None:
+    """SplitMix64's finaliser in place, modulo 2**64 (numpy arrays wrap silently); `scratch` is overwritten."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        np.right_shift(values, np.uint64(shift), out=scratch)
+        values ^= scratch
+        values *= np.uint64(factor)
+    np.right_shift(values, np.uint64(31), out=scratch)
+    values ^= scratch

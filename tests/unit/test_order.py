@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_steel.data import blend
+from megatron_steel.data import blend, shuffle
 from megatron_steel.data.order import Ledger, SourceSpec
 from megatron_steel.data.shuffle import permute, round_keys
 
@@ -62,6 +62,16 @@ def test_one_key_per_position_equals_one_key_at_a_time() -> None:
     places = np.array([0, 6, 3, 3, 1])
     together = permute(places, 7, np.stack(keys, axis=1))
     assert together.tolist() == [int(permute(places[i : i + 1], 7, keys[i])[0]) for i in range(5)]
+
+
+def test_blocks_of_the_shuffle_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are worked on in blocks; the order is the same for any block, with one key and with one per position."""
+    places = np.random.default_rng(0).integers(0, 10**12, 1000)
+    one, many = round_keys("one"), np.stack([round_keys(number % 5) for number in range(1000)], axis=1)
+    whole = [permute(places, 10**12, keys) for keys in (one, many)]
+    for block in (1, 7, 999, 1000):
+        monkeypatch.setattr(shuffle, "BLOCK", block)
+        assert all(np.array_equal(permute(places, 10**12, k), w) for k, w in zip((one, many), whole, strict=True))
 
 
 # ---- blend -------------------------------------------------------------------------------------------------------
