@@ -33,12 +33,12 @@ def assert_user_error(done: subprocess.CompletedProcess[str], tmp_path: Path, *p
 @pytest.mark.parametrize(
     ("config", "flags", "parts"),
     [
-        ("filters: [lenght]", [], ["c.yaml: filters[0]: unknown filter 'lenght'", "did you mean 'length'?"]),
+        ("filters: [lengthh]", [], ["c.yaml: filters[0]: unknown filter 'lengthh'", "did you mean 'length'?"]),
         ("filters: [", [], ["c.yaml: not valid YAML"]),
         ("filters: [{contamination: {files: [no.jsonl]}}]", [], ["no.jsonl: no such file"]),
         ("", ["--config", "absent.yaml"], ["absent.yaml: no such file"]),
         ("", ["--input", "absent.jsonl"], ["absent.jsonl"]),
-        ("", ["--taks", "2"], ["unknown flag --taks; did you mean --tasks?"]),
+        ("", ["--taskss", "2"], ["unknown flag --taskss; did you mean --tasks?"]),
         ("", ["--tasks", "0"], ["--tasks must be at least 1"]),
         ("", ["--max-lines-per-file", "0"], ["--max-lines-per-file must be at least 1"]),
         ("", ["--executor", "slurm"], ["needs --slurm-partition"]),
