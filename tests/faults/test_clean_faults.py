@@ -33,7 +33,7 @@ def assert_user_error(done: subprocess.CompletedProcess[str], tmp_path: Path, *p
 @pytest.mark.parametrize(
     ("config", "flags", "parts"),
     [
-        ("filters: [lengthh]", [], ["c.yaml: filters[0]: unknown filter 'lengthh'", "did you mean 'length'?"]),
+        ("filters: [lenkth]", [], ["c.yaml: filters[0]: unknown filter 'lenkth'", "did you mean 'length'?"]),
         ("filters: [", [], ["c.yaml: not valid YAML"]),
         ("filters: [{contamination: {files: [no.jsonl]}}]", [], ["no.jsonl: no such file"]),
         ("", ["--config", "absent.yaml"], ["absent.yaml: no such file"]),

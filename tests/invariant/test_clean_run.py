@@ -109,6 +109,26 @@ def test_duplicates_are_found_in_both_languages_and_others_stay(tmp_path: Path) 
     assert texts(tmp_path / "loose") == [long_en, long_zh, *others, near_zh, near_en]
 
 
+def test_every_input_format_gives_the_same_rows(tmp_path: Path) -> None:
+    """Other keys stay, in their order, also in rows whose text changed and in rows that never were JSON lines."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table
+    rows = [
+        {"id": number, "content": f"第{number}行\u00a0见 http://a.b/{number}", "lang": "zh"} for number in range(40)
+    ]
+    plain = write(tmp_path / "in.jsonl", rows)
+    parquet.write_table(table.from_pylist(rows), tmp_path / "in.parquet", row_group_size=7)
+    (tmp_path / "in2.jsonl.zst").write_bytes(zstandard.compress(Path(plain).read_bytes()))
+    config = "{text_key: content, filters: [whitespace, links]}"
+    expected = [{**row, "content": f"第{row['id']}行 见 "} for row in rows]
+    for name, file in (("a", plain), ("b", str(tmp_path / "in.parquet")), ("c", str(tmp_path / "in2.jsonl.zst"))):
+        report = run(tmp_path, config, [file], name=name, tasks=2)
+        assert_sums(report)
+        got = [json.loads(line) for line in lines(tmp_path / name)]
+        assert [list(row.items()) for row in got] == [list(row.items()) for row in expected]
+        assert report["steps"][1]["examples"]["changed"][2]["place"] == f"{file}:3"
+
+
 FULL = """
 filters:
   - whitespace

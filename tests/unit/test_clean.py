@@ -207,7 +207,7 @@ BAD_SETTINGS: list[tuple[Any, list[str]]] = [
     ([], ["expected keys with values, not list"]),
     ({"filter": []}, ["unknown key 'filter'", "did you mean 'filters'?"]),
     ({"filters": {"length": {}}}, ["must be a list"]),
-    ({"filters": ["lengthh"]}, ["filters[0]: unknown filter 'lengthh'", "did you mean 'length'?"]),
+    ({"filters": ["lenkth"]}, ["filters[0]: unknown filter 'lenkth'", "did you mean 'length'?"]),
     ({"filters": ["links", {"length": {"mim": 1}}]}, ["filters[1]: length: unknown option 'mim'", "'min'?"]),
     ({"filters": [{"length": {"min": "x"}}]}, ["length: min must be a number, not 'x'"]),
     ({"filters": [{"length": {"min": True}}]}, ["min must be a number"]),
