@@ -38,9 +38,10 @@ def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
         lines.append(f"--model {config.model} stands for: {' '.join(expand_model(config))}")
     left = config.training.train_iters - state.iteration
     total_samples = state.consumed_samples + left * (config.training.global_batch_size or 1)
-    for row in prepared.ledger.epoch_table(total_samples):
+    now = {source.fingerprint: source.weight for source in prepared.ledger.sources_at(state.consumed_samples)}
+    for source, row in zip(prepared.ledger.sources, prepared.ledger.epoch_table(total_samples), strict=True):
         lines.append(
-            f"data: {row.name}: share {row.share:.4f}, {row.windows:,} windows, "
+            f"data: {row.name}: share {now.get(source.fingerprint, 0.0):.4f}, {row.windows:,} windows, "
             f"{row.samples:,} samples = {row.epochs:.3f} epochs by the end of the run"
         )
     for segment in prepared.ledger.segments:
