@@ -7,7 +7,6 @@ finished tasks there, so the same command run again goes on; with other inputs o
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import shutil
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_steel.data.clean_settings import Settings, SlurmOptions, load_settings
+from megatron_steel.data.clean_settings import Settings, SlurmOptions, describe, load_settings
 from megatron_steel.data.contamination import Contamination
 
 PIECE_BYTES = 64 << 20
@@ -94,11 +93,11 @@ def prepare(
     A run that met too many bad lines may go on with a larger quota, so the quota is no part of what a run is.
     """
     result = {
-        "settings": dataclasses.asdict(settings),
+        "settings": describe(settings),
         "inputs": [[*entry.values(), changed] for entry, changed in zip(inputs, times, strict=True)],
         "options": [options.tasks, options.dry_run, options.max_lines_per_file, options.compression, options.examples],
     }
-    identity = json.loads(json.dumps(result, default=str))
+    identity = json.loads(json.dumps(result))
     file = work / "run.json"
     if file.exists():
         if json.loads(file.read_text(encoding="utf-8")) != identity:
@@ -146,7 +145,7 @@ def build_stages(
         "max_bad_lines": options.max_bad_lines,
         "max_lines": options.max_lines_per_file,
         "dry_run": options.dry_run,
-        "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
+        "settings": describe(settings),
     }
     report = options.report.absolute() if options.report else None
     stages.append(Stage("publish", [Publish(work, options.output.absolute(), report, facts)], 1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,16 @@ def parse_settings(tree: Any, where: str) -> Settings:
         exact_dedup=optional(ExactDedup, tree, "exact_dedup", where),
         minhash_dedup=optional(MinhashDedup, tree, "minhash_dedup", where),
     )
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON can hold them: limits that are not set are left out."""
+    described: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)), parse_constant=lambda _: None)
+    for _, options in described["filters"]:
+        for limit in ("min", "max"):
+            if options.get(limit, 0) is None:
+                del options[limit]
+    return described
 
 
 def parse_filter(item: Any, where: str) -> tuple[str, Filter]:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_steel.data.clean_filters import Outcome
-from megatron_steel.data.clean_settings import FILTERS, Settings, parse_filter, parse_settings
+from megatron_steel.data.clean_settings import FILTERS, Settings, describe, parse_filter, parse_settings
 from megatron_steel.data.clean_text import Text
 from megatron_steel.data.contamination import build_index
 
@@ -242,3 +242,5 @@ def test_settings_say_what_they_hold() -> None:
     assert [name for name, _ in settings.filters] == ["links"]
     assert settings.exact_dedup is not None and settings.minhash_dedup is None
     assert parse_settings({}, "c.yaml") == Settings()
+    described = describe(parse_settings({"filters": ["words", {"length": {"min": 2}}]}, "c.yaml"))
+    assert described["filters"] == [["words", {}], ["length", {"min": 2}]]  # and no Infinity, which is no JSON
