@@ -31,6 +31,7 @@ from megatron_steel.data.preprocess_options import (
 )
 from megatron_steel.data.progress import TaskProgress
 from megatron_steel.data.readers import Task, expand_inputs, plan_tasks, read_task
+from megatron_steel.data.records import COLUMNS
 from megatron_steel.data.shards import ShardRecord, ShardWork, WorkFolder
 from megatron_steel.data.workers import run_work
 from megatron_steel.text.fast import FastEncoder, IdsDiffer, ReferenceEncoder, fast_encoder
@@ -121,7 +122,7 @@ class Run:
     ) -> None:
         self.options, self.paths, self.tokenizer = options, paths, tokenizer
         self.folder, self.writers, self.fingerprint = folder, writers, fingerprint
-        self.columns = None if options.input_format else options.json_keys
+        self.columns = COLUMNS[options.input_format] if options.input_format else options.json_keys
         self.limit, self.share = rejection_limit(options.max_rejected)
         reference = ReferenceEncoder(tokenizer)
         eod = tokenizer.eod_id if options.append_eod else None

@@ -139,19 +139,14 @@ def fast_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> FastEncoder | s
 
 def from_hugging_face(tokenizer: Any, reference: ReferenceEncoder) -> tuple[FastEncoder, list[str]]:
     """The encoder and the added tokens. ``ValueError`` for a vocabulary that is not of a tested kind."""
-    state = tokenizer.backend_state()
+    state = json.loads(tokenizer.backend_text())
     if reason := untested(state):
         raise ValueError(reason)
     if tokenizer.adds_tokens():
         raise ValueError("the tokenizer adds tokens to every text")
     import gigatoken
 
-    try:
-        backend = gigatoken.Tokenizer.from_json(json.dumps(state)).backend
-    except BaseException as error:  # the library reports some vocabularies by a Rust panic, which is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise ValueError("gigatoken cannot load this vocabulary") from error
+    backend = loaded(lambda: gigatoken.Tokenizer.from_json(tokenizer.backend_text()).backend)
     return FastEncoder(backend, reference, None), [token["content"] for token in state["added_tokens"]]
 
 
@@ -162,8 +157,19 @@ def from_ranks(tokenizer: TikTokenizer, reference: ReferenceEncoder) -> tuple[Fa
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_files(Path(folder))
         special = {token: tokenizer.encode(token)[0] for token in TIKTOKEN_SPECIAL_TOKENS}
-        backend = gigatoken.Tokenizer.from_tiktoken(Path(folder) / RANKS_FILE, "qwen2", special).backend
+        path = Path(folder) / RANKS_FILE
+        backend = loaded(lambda: gigatoken.Tokenizer.from_tiktoken(path, "qwen2", special).backend)
     return FastEncoder(backend, reference, lambda text: unicodedata.normalize("NFC", text)), list(special)
+
+
+def loaded(load: Callable[[], Any]) -> Any:
+    """A vocabulary as gigatoken loads it; ``ValueError`` when it cannot."""
+    try:
+        return load()
+    except BaseException as error:  # of some vocabularies it tells by a Rust panic, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ValueError("gigatoken cannot load this vocabulary") from error
 
 
 def untested(state: dict[str, Any]) -> str | None:

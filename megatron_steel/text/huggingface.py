@@ -7,6 +7,7 @@ transformers, only where that is certain to be the same; every other folder goes
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -74,9 +75,9 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=self._include_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    def backend_state(self) -> dict[str, Any]:
+    def backend_text(self) -> str:
         """The content of ``tokenizer.json`` as the library understood it."""
-        return json.loads(self._backend.to_str())
+        return self._backend.to_str()
 
     def adds_tokens(self) -> bool:
         """Whether :meth:`encode_documents` puts tokens of its own around a text."""
@@ -86,7 +87,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._backend.decode([int(index) for index in ids], skip_special_tokens=False)
 
     def byte_lengths(self) -> np.ndarray:
-        state = self.backend_state()
+        state = json.loads(self.backend_text())
         byte_level = "ByteLevel" in step_types(state.get("pre_tokenizer")) | step_types(state.get("decoder"))
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for piece, index in self._backend.get_vocab(with_added_tokens=False).items():
@@ -101,9 +102,18 @@ class HuggingFaceTokenizer(Tokenizer):
         return lengths
 
     def fingerprint(self) -> str:
-        state = self.backend_state()
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        state = json.loads(self.backend_text())
         parts = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+        # Pieces and merges hold no settings, and going through a hundred thousand of them takes seconds.
+        large = {part: state["model"].pop(part) for part in ("vocab", "merges") if part in state["model"]}
         decisive = {part: without_defaults(state.get(part)) for part in parts}
+        if isinstance(large.get("vocab"), dict):
+            large["vocab"].pop("trim_offsets", None)  # dropped among the settings since the first version
+        decisive["model"] |= large
         decisive["special"] = [self.bos_id, self.eos_id]
         return digest(self.name.encode(), json.dumps(decisive, sort_keys=True).encode())
 
