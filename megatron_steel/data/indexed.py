@@ -26,7 +26,7 @@ TOKEN_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 5: np.dtype(np.
 # Megatron-LM's limit (DType.optimal_dtype), a little under 2**16.
 UINT16_VOCABULARY = 65500
 FINGERPRINT_WINDOW = 1 << 16
-CHECK_CHUNK = 1 << 20
+CHECK_CHUNK = 1 << 16
 COPY_BYTES = 1 << 22
 
 
@@ -107,17 +107,18 @@ class IndexedReader:
             raise ValueError(f"{self.idx_path}: document boundaries do not rise from 0 to {sequences}; it is damaged")
 
     def _check_pointers(self) -> None:
-        """Each sequence begins where the one before it ends; checked in chunks to keep memory flat."""
+        """Each sequence begins where the one before it ends; checked in chunks that stay in the cache."""
         lengths, pointers = self.sequence_lengths, self.sequence_pointers
         end = 0
         for start in range(0, len(lengths), CHECK_CHUNK):
-            chunk = lengths[start : start + CHECK_CHUNK].astype(np.int64)
-            ends = end + np.cumsum(chunk * self.dtype.itemsize)
-            begins = np.concatenate(([end], ends[:-1]))
-            wrong = np.flatnonzero((chunk < 0) | (begins != pointers[start : start + CHECK_CHUNK]))
-            if len(wrong):
+            sizes = np.multiply(lengths[start : start + CHECK_CHUNK], self.dtype.itemsize, dtype=np.int64)
+            begins = pointers[start : start + CHECK_CHUNK]
+            fits = begins[0] == end and sizes.min() >= 0 and np.array_equal(begins[1:] - begins[:-1], sizes[:-1])
+            if not fits:
+                ends = end + np.cumsum(sizes)
+                wrong = np.flatnonzero((sizes < 0) | (begins != np.concatenate(([end], ends[:-1]))))
                 raise ValueError(f"{self.idx_path}: sequence {start + wrong[0]} has a wrong length or offset; damaged")
-            end = int(ends[-1])
+            end = int(begins[-1] + sizes[-1])
         self._data_bytes = end
 
     def _check_data_size(self) -> int:
