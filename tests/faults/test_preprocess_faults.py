@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -224,7 +225,8 @@ def test_a_stopped_run_leaves_no_dataset_and_no_process_and_goes_on(
 
 def files(tmp_path: Path) -> dict[str, bytes]:
     """Name and content of every output file."""
-    return {name: (tmp_path / "out" / name).read_bytes() for name in outputs(tmp_path)}
+    out = tmp_path / "out"
+    return {name: (out / name).read_bytes() for name in outputs(tmp_path) if (out / name).is_file()}
 
 
 def alive(pid: int) -> bool:
@@ -243,6 +245,30 @@ def test_a_worker_that_dies_ends_the_run(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert errors.startswith("error: a worker process died") and errors.count("\n") == 1
     assert outputs(tmp_path) == ["set.parts"]
+
+
+def test_killed_at_random_points_the_next_run_writes_the_same(tmp_path: Path) -> None:
+    """STEEL_KILLS says how often (20 in the long run); every other time the next run is killed again before it ends."""
+    write_long_input(tmp_path)
+    flags = ["--input", "in.jsonl", *TOKENIZER, "--workers", "2"]
+    began = time.monotonic()
+    assert run(tmp_path, *flags).returncode == 0
+    whole = time.monotonic() - began
+    expected = files(tmp_path)
+    random_points = random.Random(3)
+    for number in range(int(os.environ.get("STEEL_KILLS", "2"))):
+        for name in expected if number % 2 == 0 else ():
+            (tmp_path / "out" / name).unlink(missing_ok=True)
+        process = subprocess.Popen(command(tmp_path, *flags), cwd=tmp_path, stderr=subprocess.DEVNULL)
+        time.sleep(whole * random_points.uniform(0.05, 0.95))
+        process.kill()
+        process.wait()
+        left = {name: data for name, data in files(tmp_path).items() if not name.endswith(".tmp")}
+        assert "set_text_document.idx" not in left or left == expected, "complete or not there"
+        if number % 2 == 1:
+            done = run(tmp_path, *flags)
+            assert done.returncode == 0, done.stderr
+            assert files(tmp_path) == expected
 
 
 def test_a_full_disk_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
