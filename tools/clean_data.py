@@ -8,27 +8,18 @@ run. Exit codes: 0 done, 2 user error, 1 anything else. Needs the extra: pip ins
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse that raises its errors instead of printing the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+from tools.command_line import Parser, run_tool
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The options; ``ValueError`` with the nearest flag for one that does not exist."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(__doc__)
     add, cores = parser.add_argument, os.cpu_count() or 1
     add("--input", nargs="+", required=True, help="files, directories of them, or glob patterns")
     add("--config", type=Path, required=True, help="YAML file with the filters")
@@ -49,18 +40,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--slurm-mem-per-cpu-gb", type=int, default=4, help="GB of memory per core")
     add("--slurm-env-command", help="shell command that activates the Python environment in a job")
     add("--slurm-sbatch", nargs="*", default=[], metavar="KEY=VALUE", help="further #SBATCH options")
-    known = sorted(option for action in parser._actions for option in action.option_strings)
-    for item in argv:
-        name = item.split("=", 1)[0]
-        if item.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"unknown flag {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-    return parser.parse_args(argv)
+    return parser
 
 
 def run(argv: list[str]) -> None:
     """Parse, clean, and print the report as a table."""
-    args = parse(argv)
+    args = build_parser().parse(argv)
     # datatrove imports huggingface_hub for remote folders; none is used, and nothing is to be sent.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -80,42 +65,14 @@ def run(argv: list[str]) -> None:
     )
     names = ("input", "config", "output", "report", "dry_run", "executor", "tasks", "workers", "max_lines_per_file")
     names += ("compression", "max_bad_lines", "examples")
-    report = clean(CleanOptions(slurm=slurm, **{name: getattr(args, name) for name in names}))
+    try:
+        report = clean(CleanOptions(slurm=slurm, **{name: getattr(args, name) for name in names}))
+    except ModuleNotFoundError as error:
+        name = str(error.name).split(".")[0]
+        raise RuntimeError(f'{name} is not installed; pip install "megatron_steel[clean]"') from error
     if report is not None:
         print(format_report(report))
 
 
-def stop(signum: int, _frame: object) -> NoReturn:
-    """Leave through the normal clean-up when asked to terminate."""
-    raise SystemExit(1)
-
-
-def default_termination() -> None:
-    """Let the signal end the process at once."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def main() -> None:
-    """Entry point: user errors are one line and exit code 2."""
-    signal.signal(signal.SIGTERM, stop)
-    # Workers are forked, and a pool ends its workers with this signal: with our handler they would hang in it.
-    os.register_at_fork(after_in_child=default_termination)
-    try:
-        run(sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except ModuleNotFoundError as error:
-        name = str(error.name).split(".")[0]
-        print(f'error: {name} is not installed; pip install "megatron_steel[clean]"', file=sys.stderr)
-        raise SystemExit(1) from None
-    except (RuntimeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command continues", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
 if __name__ == "__main__":
-    main()
+    run_tool(run, "the same command continues")

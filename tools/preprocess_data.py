@@ -8,16 +8,14 @@ writes P_text_document.bin, .idx and .json (what the dataset is). Exit codes: 0 
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
+
+from tools.command_line import Parser, run_tool
 
 UNSUPPORTED = {
     "--partitions": "--workers alone spreads the work; the output does not depend on it",
@@ -28,16 +26,9 @@ UNSUPPORTED = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that raises its errors instead of printing the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The options; ``ValueError`` with the nearest flag for one that does not exist."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(__doc__, UNSUPPORTED)
     add = parser.add_argument
     add(
         "--input",
@@ -71,20 +62,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that encode; all cores when not given")
     add("--log-interval", type=int, default=1000, help="documents between progress lines, at most one in 2 s")
-    known = sorted(option for action in parser._actions for option in action.option_strings)
-    for item in argv:
-        name = item.split("=", 1)[0]
-        if name in UNSUPPORTED:
-            raise ValueError(f"{name}: {UNSUPPORTED[name]}")
-        if item.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"unknown flag {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-    return parser.parse_args(argv)
+    return parser
 
 
 def run(argv: list[str]) -> None:
     """Parse, encode, and print one line per dataset."""
-    args = parse(argv)
+    args = build_parser().parse(argv)
     # transformers imports torch when it can, for two seconds of nothing: ids need no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
@@ -120,26 +103,5 @@ def run(argv: list[str]) -> None:
         )
 
 
-def stop(signum: int, _frame: object) -> NoReturn:
-    """Leave through the normal clean-up when asked to terminate."""
-    raise SystemExit(1)
-
-
-def main() -> None:
-    """Entry point: user errors are one line and exit code 2."""
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        run(sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (RuntimeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the pieces it finished", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
 if __name__ == "__main__":
-    main()
+    run_tool(run, "the same command goes on from the pieces it finished")
