@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tempfile
 import unicodedata
 import zlib
@@ -22,6 +23,7 @@ import numpy as np
 from megatron_steel.text.tokenizer import RANKS_FILE, TIKTOKEN_SPECIAL_TOKENS, TikTokenizer, Tokenizer
 
 CHECK_SHARE = 200
+CACHE_BYTES = 96 << 20
 LONG_DOCUMENT = 8192
 CHECK_WINDOW = 2048
 # Split patterns whose ids are compared with the reference in the tests: Qwen 2 and 2.5; Llama 3 and cl100k.
@@ -71,8 +73,12 @@ class FastEncoder(TextEncoder):
     Which texts depends on their content alone, so that any split of the work finds the same difference.
     """
 
-    def __init__(self, backend: Any, reference: ReferenceEncoder, normalise: Callable[[str], str] | None) -> None:
-        self._backend, self._reference, self._normalise = backend, reference, normalise
+    def __init__(
+        self, load: Callable[[], Any], reference: ReferenceEncoder, normalise: Callable[[str], str] | None
+    ) -> None:
+        self._load, self._reference, self._normalise = load, reference, normalise
+        self._backend = load()
+        self._process, self._resident = 0, 0
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Raises :class:`IdsDiffer` at a checked text whose ids differ."""
@@ -88,9 +94,18 @@ class FastEncoder(TextEncoder):
         if not given:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         # On this thread: the library's thread pool does not survive a fork, and --workers says how many cores are used.
+        self._bound_memory()
         rows = self._backend.encode_batch(given, parallel=False).layout
         bounds = np.asarray(rows.offsets.data)
         return np.asarray(rows.content.data)[bounds[0] : bounds[-1]], np.diff(bounds)
+
+    def _bound_memory(self) -> None:
+        """Load the vocabulary again when what the library remembers of the text, without end, has become large."""
+        if self._process != os.getpid():
+            self._process, self._resident = os.getpid(), resident_bytes()
+        elif resident_bytes() - self._resident > CACHE_BYTES:
+            self._backend = None
+            self._backend = self._load()
 
     def compare(self, texts: Sequence[str]) -> None:
         """Raise :class:`IdsDiffer` unless both give the same ids for every text."""
@@ -101,6 +116,11 @@ class FastEncoder(TextEncoder):
         for text, mine, other in zip(texts, ours_each, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
             if not np.array_equal(mine, other):
                 raise IdsDiffer(f"gigatoken and the tokenizer give different ids for {ascii(text[:60])}")
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_checked(text: str) -> bool:
@@ -146,20 +166,24 @@ def from_hugging_face(tokenizer: Any, reference: ReferenceEncoder) -> tuple[Fast
         raise ValueError("the tokenizer adds tokens to every text")
     import gigatoken
 
-    backend = loaded(lambda: gigatoken.Tokenizer.from_json(tokenizer.backend_text()).backend)
-    return FastEncoder(backend, reference, None), [token["content"] for token in state["added_tokens"]]
+    text = tokenizer.backend_text()
+    encoder = FastEncoder(lambda: loaded(lambda: gigatoken.Tokenizer.from_json(text).backend), reference, None)
+    return encoder, [token["content"] for token in state["added_tokens"]]
 
 
 def from_ranks(tokenizer: TikTokenizer, reference: ReferenceEncoder) -> tuple[FastEncoder, list[str]]:
     """The encoder of a tiktoken ranks file, which has Qwen's pattern and normalisation here."""
     import gigatoken
 
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_files(Path(folder))
-        special = {token: tokenizer.encode(token)[0] for token in TIKTOKEN_SPECIAL_TOKENS}
-        path = Path(folder) / RANKS_FILE
-        backend = loaded(lambda: gigatoken.Tokenizer.from_tiktoken(path, "qwen2", special).backend)
-    return FastEncoder(backend, reference, lambda text: unicodedata.normalize("NFC", text)), list(special)
+    special = {token: tokenizer.encode(token)[0] for token in TIKTOKEN_SPECIAL_TOKENS}
+
+    def load() -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_files(Path(folder))
+            path = Path(folder) / RANKS_FILE
+            return loaded(lambda: gigatoken.Tokenizer.from_tiktoken(path, "qwen2", special).backend)
+
+    return FastEncoder(load, reference, lambda text: unicodedata.normalize("NFC", text)), list(special)
 
 
 def loaded(load: Callable[[], Any]) -> Any:

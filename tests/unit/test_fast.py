@@ -152,11 +152,21 @@ def test_a_difference_in_a_checked_text_is_found(monkeypatch: pytest.MonkeyPatch
     good = fast_encoder(tokenizer, ["text"])
     assert isinstance(good, FastEncoder)
     picked = next(text for text in (f"text number {index}" for index in range(10_000)) if fast.is_checked(text))
-    wrong = FastEncoder(OneWrong(good._backend, picked), ReferenceEncoder(tokenizer), None)
+    wrong = FastEncoder(lambda: OneWrong(good._backend, picked), ReferenceEncoder(tokenizer), None)
     texts: Sequence[str] = ["one", picked, "three"]
     good.encode(texts)
     with pytest.raises(IdsDiffer, match=picked):
         wrong.encode(texts)
+
+
+def test_what_the_library_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = fast_encoder(HuggingFaceTokenizer(DATA / "tokenizer"), [])
+    assert isinstance(encoder, FastEncoder)
+    expected, backend = encoder.encode(["some text"])[0].tolist(), encoder._backend
+    assert encoder._backend is backend
+    monkeypatch.setattr(fast, "CACHE_BYTES", -(1 << 40))
+    assert encoder.encode(["some text"])[0].tolist() == expected
+    assert encoder._backend is not backend
 
 
 def test_about_one_text_in_two_hundred_is_checked_and_long_ones_in_part() -> None:

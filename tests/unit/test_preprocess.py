@@ -143,7 +143,7 @@ def test_a_difference_starts_the_run_over_with_the_reference(
     def broken(tokenizer: Any, sample: Any) -> FastEncoder:
         found = fast_encoder(tokenizer, sample)
         assert isinstance(found, FastEncoder)
-        return FastEncoder(Wrong(found._backend, picked), ReferenceEncoder(tokenizer), None)
+        return FastEncoder(lambda: Wrong(found._backend, picked), ReferenceEncoder(tokenizer), None)
 
     monkeypatch.setattr(module, "fast_encoder", broken)
     preprocess(options(tmp_path, workers=workers, task_bytes=20_000))
