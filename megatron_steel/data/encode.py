@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_steel.data.readers import Block
 from megatron_steel.text.fast import TextEncoder
 
 REJECTED_CHARACTERS = 200
+SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass
@@ -121,7 +123,8 @@ class Encoder:
     def _texts(self, row: dict[str, Any], key: str) -> list[str]:
         """The text under a key in the pieces that become sequences."""
         text = row.get(key)
-        texts = [text] if type(text) is str and text.isascii() else row_texts(row, key)
+        # Whether it is text at all is found out for the whole block at once, when it becomes bytes.
+        texts = [text] if type(text) is str else row_texts(row, key)
         return [piece for text in texts for piece in self.split(text)] if self.split else texts
 
     def _encode_rows(self, rows: list[Row]) -> dict[str, KeyTokens]:
@@ -130,6 +133,8 @@ class Encoder:
     def _encode_key(self, documents: list[list[str]]) -> KeyTokens:
         """Ids of one key of every row: sentence by sentence where a row has several, as Megatron-LM does."""
         texts = [text for document in documents for text in document]
+        joined = "".join(texts)
+        data = joined.encode()
         ids, sizes = self.text_encoder.encode(texts)
         # Where each document ends: counted in texts, then in sequences (texts that have ids) and in ids.
         ends = np.cumsum(np.fromiter(map(len, documents), np.int64, len(documents)))
@@ -141,8 +146,6 @@ class Encoder:
             filled = sequences > 0
             tokens = np.insert(tokens, np.concatenate(([0], np.cumsum(sizes)))[ends[filled]], self.eod)
             lengths[sequence_ends[filled] - 1] += 1
-        joined = "".join(texts)
-        data = joined.encode()
         return KeyTokens(tokens, lengths.astype(np.int32), sequences.astype(np.int32), len(data), letters_of(data))
 
     def _encodable(self, row: Row, result: Encoded) -> bool:
@@ -150,7 +153,13 @@ class Encoder:
         try:
             self._encode_rows([row])
         except (ValueError, TypeError) as error:
-            result.rejects.append(Reject(row.line, str(error), "".join(row.texts[0])[:REJECTED_CHARACTERS]))
+            reason = str(error)
+            for key, texts in zip(self.json_keys, row.texts, strict=True):
+                if any(SURROGATE.search(text) for text in texts):
+                    reason = f"{key!r} holds half of a surrogate pair, which is not text"
+                    break
+            text = "".join(row.texts[0])[:REJECTED_CHARACTERS]
+            result.rejects.append(Reject(row.line, reason, text.encode(errors="replace").decode()))
             return False
         return True
 
@@ -189,11 +198,6 @@ def row_texts(row: dict[str, Any], key: str) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{key!r} must be text or a list of texts, not {type(text).__name__}")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{key!r} holds half of a surrogate pair, which is not text") from error
     return texts
 
 

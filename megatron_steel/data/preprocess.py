@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_steel.data.encode import Encoded, Encoder
+from megatron_steel.data.encode import SURROGATE, Encoded, Encoder
 from megatron_steel.data.indexed import IndexedWriter, optimal_dtype
 from megatron_steel.data.letters import SCRIPTS, no_letters
 from megatron_steel.data.preprocess_options import (
@@ -180,7 +180,8 @@ class Run:
         try:
             for block in read_task(task, self.columns):
                 for row in plain.rows(block, Encoded()):
-                    yield from itertools.chain.from_iterable(row.texts)
+                    texts = itertools.chain.from_iterable(row.texts)
+                    yield from (text for text in texts if not SURROGATE.search(text))
         except ValueError:
             return  # the run itself reports it, with its place
 
