@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from megatron_steel.checkpoint.hf_folder import (
 )
 from megatron_steel.checkpoint.hf_map import Rule, heads, rules, to_ours, to_theirs
 from megatron_steel.checkpoint.state import STATE_FILE, TOKENIZER_FOLDER, TrainState, read_state
-from megatron_steel.checkpoint.store import PlainWeights
+from megatron_steel.checkpoint.store import PlainWeights, write_sharded
 from megatron_steel.config.check import padded_vocab_size
 from megatron_steel.config.hf_sizes import ARCHITECTURES, hf_from_sizes, read_sizes
 from megatron_steel.config.load import apply, from_flat, to_flat
@@ -157,7 +156,7 @@ def import_hf(folder: Path, root: Path, tensor_parallel_size: int = 1) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(root)
         temporary.mkdir()
-        dist_checkpointing.save(dict(sharded_weights(source, size, padded)), str(temporary))
+        write_sharded(dict(sharded_weights(source, size, padded)), temporary)
         if tokenizer is not None:
             tokenizer.save(temporary / TOKENIZER_FOLDER)
             state.tokenizer = tokenizer_facts(tokenizer)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import queue
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -16,6 +20,7 @@ from megatron_steel.checkpoint import files
 from megatron_steel.checkpoint.state import STATE_FILE, TrainState
 from megatron_steel.model.build import Model
 from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.signals import end_with_parent
 from megatron_steel.runtime.world import World
 
 # The only layouts of sharded optimizer state that megatron-core 0.16.1 can write; this one loads on any TP x PP x DP.
@@ -70,6 +75,27 @@ def together(world: World, target: Path, work: Callable[[], Any]) -> Any:
     return result
 
 
+def write_sharded(sharded: dict[str, Any], directory: Path) -> None:
+    """Write a sharded state dict into a directory; collective over all ranks.
+
+    megatron-core hands the results of a write over through a queue in a process of its own, which costs a second and
+    270 MB per rank; we write in the rank's process, where a plain queue will do. That process and the forked ones that
+    write would live on for ever when the rank is killed.
+    """
+    filesystem_async._results_queue = queue.SimpleQueue()
+    writer, rank = vars(FileSystemWriterAsync)["write_preloaded_data"], os.getpid()
+
+    def write(*args: Any, **kwargs: Any) -> None:
+        end_with_parent(rank)
+        writer(*args, **kwargs)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+    try:
+        dist_checkpointing.save(sharded, str(directory))
+    finally:
+        FileSystemWriterAsync.write_preloaded_data = writer
+
+
 def save(
     root: Path,
     model: Model,
@@ -97,7 +123,7 @@ def save(
         sharded = model_state(model)
         if optimizer is not None:
             sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=OPTIMIZER_LAYOUT)
-        dist_checkpointing.save(sharded, str(temporary))
+        write_sharded(sharded, temporary)
 
     def write_rest() -> None:
         save_file(runtime.rng_state(), temporary / rng_file(world.rank))

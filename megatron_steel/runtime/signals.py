@@ -1,8 +1,14 @@
-"""Stopping on a signal: the first is remembered and the loop stops at the next step, the second ends at once."""
+"""Stopping on a signal: the first is remembered and the loop stops at the next step, the second ends at once.
+
+And the other way round: helper processes that end when theirs does.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -44,3 +50,13 @@ class StopRequest:
         elif now - self._since >= REPEAT_SECONDS:
             # A second, later request: the user does not want to wait for the save.
             raise SystemExit(1)
+
+
+def end_with_parent(parent: int) -> None:
+    """In a process that ``parent`` forked: end when it does, also when it is killed (Linux; prctl(2))."""
+    pr_set_pdeathsig = 1
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+    if prctl is not None:
+        prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)

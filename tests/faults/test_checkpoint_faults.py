@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from command_line import as_flags, finish, run, start, training_rows, wait_for_iteration
 from pool import WorkerPool
@@ -180,6 +181,24 @@ POINTS = [
 ]
 
 
+def output_of(process: psutil.Process) -> str:
+    """The file a process writes its output into; empty where we may not look."""
+    try:
+        return os.readlink(f"/proc/{process.pid}/fd/1")
+    except OSError:
+        return ""
+
+
+def left_behind(folder: Path) -> list[psutil.Process]:
+    """Processes that still write their output into a folder, once those that are ending have had time to."""
+    deadline = time.monotonic() + 5.0
+    while True:
+        found = [process for process in psutil.process_iter() if output_of(process).startswith(str(folder))]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_while_saving(pool: WorkerPool, prefix: str, tmp_path: Path, point: str) -> None:
     """Whatever the moment, a whole checkpoint is there, the run goes on from it, and its losses are the same."""
@@ -188,6 +207,7 @@ def test_killed_while_saving(pool: WorkerPool, prefix: str, tmp_path: Path, poin
     flat = options(prefix, train_iters=6, save_interval=2, save=str(save), log_interval=1, auto_resume=True)
     codes = run(tmp_path / "logs", as_flags(flat), program=[str(tmp_path / "script.py"), point])
     assert codes == [-signal.SIGKILL], (tmp_path / "logs" / "err0").read_text()
+    assert left_behind(tmp_path) == []
     # The tracker decides: a checkpoint it does not name yet is whole, but the run goes on from the one before.
     newest = 4 if point == "files.remove_old" else 2
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(newest)
