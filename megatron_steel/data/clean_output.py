@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_steel.data.clean_datatrove import Document, PipelineStep
 from megatron_steel.data.clean_dedup import KINDS, removal_examples
+from megatron_steel.data.indexed import sync_directory
 
 HEAVY = ("kept", "places", "counts", "exact", "minhash", "removed", "shards", "out")
 
@@ -85,9 +86,9 @@ class Publish(PipelineStep):
             write_lines(out / "contamination.jsonl", hits)
             write_lines(out / "duplicates.jsonl", map(names.resolve, removal_examples(self.work, tasks)))
             write_lines(out / "bad_lines.jsonl", report["input"]["bad_line_list"])
-            sync(out)
+            sync_directory(out)
             out.rename(self.output)
-            sync(self.output.parent)
+            sync_directory(self.output.parent)
         if self.report is not None:
             write_json(self.report, report)
         write_json(self.work / "report.json", report)
@@ -244,12 +245,3 @@ def write_parts(path: Path, parts: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-
-
-def sync(folder: Path) -> None:
-    """Force a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

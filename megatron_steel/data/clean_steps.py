@@ -6,6 +6,7 @@ A place is (piece, line within the piece) until the last step, which knows how m
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import time
@@ -20,6 +21,7 @@ from megatron_steel.data.clean_datatrove import Document, PipelineStep
 from megatron_steel.data.clean_filters import Outcome
 from megatron_steel.data.clean_settings import ExactDedup, Settings
 from megatron_steel.data.clean_text import Text
+from megatron_steel.data.encode import parse_leniently
 from megatron_steel.data.readers import Task, place, read_task
 
 Documents = Iterator[Document]
@@ -222,14 +224,7 @@ def parse_row(item: Any) -> dict[str, Any]:
     """A row that is an object; ``ValueError`` without a place for anything else."""
     row = item
     if isinstance(item, bytes):
-        try:
-            row = json.loads(item.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"malformed JSON: {error.msg} at column {error.colno}") from error
-        except RecursionError as error:
-            raise ValueError("malformed JSON: nested too deep") from error
+        row = parse_leniently(item.removeprefix(codecs.BOM_UTF8))
     if not isinstance(row, dict):
         raise ValueError(f"each line must be a JSON object, not {type(row).__name__}")
     return row

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_steel.data.encode import parse_leniently
 from megatron_steel.data.progress import ByteProgress
 from megatron_steel.data.readers import Block, plan_tasks, read_task
 
@@ -65,13 +66,9 @@ def parse(line: bytes) -> tuple[Any, str | None]:
     if not line.strip():
         return None, "blank line"
     try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return None, f"not UTF-8 (byte {error.start + 1} of the line)"
-    except json.JSONDecodeError as error:
-        return None, f"malformed JSON: {error.msg} at column {error.colno}"
-    except RecursionError:
-        return None, "malformed JSON: nested too deep"
+        value = parse_leniently(line)
+    except ValueError as error:
+        return None, str(error)
     if SURROGATE.search(line):
         try:
             json.dumps(value, ensure_ascii=False).encode()
