@@ -78,9 +78,9 @@ def together(world: World, target: Path, work: Callable[[], Any]) -> Any:
 def write_sharded(sharded: dict[str, Any], directory: Path) -> None:
     """Write a sharded state dict into a directory; collective over all ranks.
 
-    megatron-core hands the results of a write over through a queue in a process of its own, which costs a second and
-    270 MB per rank; we write in the rank's process, where a plain queue will do. That process and the forked ones that
-    write would live on for ever when the rank is killed.
+    megatron-core hands the results of a write over through a queue in a process of its own, which costs a start of
+    Python and 270 MB per rank; we write in the rank's process, where a plain queue will do. That process and
+    the forked ones that write would live on for ever when the rank is killed.
     """
     filesystem_async._results_queue = queue.SimpleQueue()
     writer, rank = vars(FileSystemWriterAsync)["write_preloaded_data"], os.getpid()
