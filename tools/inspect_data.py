@@ -232,6 +232,7 @@ def sample(options: argparse.Namespace) -> int:
         seed=ledger.seed,
         tokenizer=None,
         known={source.fingerprint: Known(source.name, source.windows) for source in ledger.sources},
+        sequence_mode=data.sequence_mode,
     )
     for number in range(options.number, options.number + options.count):
         print(inspect.show_sample(number, ledger, sources.datasets, tokenizer))

@@ -14,6 +14,7 @@ TransformerImpl = Literal["auto", "transformer_engine", "torch", "local"]
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 DataFingerprint = Literal["fast", "full"]
+SequenceMode = Literal["concat", "split", "truncate", "sample"]
 WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 
@@ -119,6 +120,8 @@ class DataConfig:
     """How data files are told apart: size, ends and the recorded hash (fast), or every byte, read at start (full)."""
     max_epochs_per_source: float = 4.0
     """Refuse a run that would repeat a source more often than this."""
+    sequence_mode: SequenceMode = "concat"
+    """Documents joined end to end, each split into samples, its first seq_length, or a random piece of that length."""
     eod_mask_loss: bool = False
     """No loss on positions whose input is the end-of-document token."""
     seed: int = 1234

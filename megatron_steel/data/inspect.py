@@ -237,7 +237,7 @@ def show_sample(number: int, ledger: Ledger, datasets: Mapping[str, WindowedData
             f"sample {number} comes from source {source.name!r} ({source.fingerprint[:12]}), which is not in the run's "
             "present data: give all of it with --data-path"
         )
-    ids = dataset[place.window]
+    ids = dataset.read(place.window, place.epoch)
     return (
         f"sample {number}: source {source.name} ({dataset.prefix}), epoch {place.epoch}, window {place.window} of "
         f"{source.windows}, {len(ids)} tokens\n{tokenizer.decode(ids.tolist())}\n"

@@ -19,6 +19,9 @@ import torch.distributed as dist
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.windows import WindowedDataset
 
+# Marks what is no token on the way from the reading rank to batches, where it becomes token 0 without loss.
+PADDING = -1
+
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
@@ -75,8 +78,9 @@ class BatchBuilder:
     """Share the tokens of a step over the tensor-parallel group and turn them into batches on the device.
 
     tensor_group: ranks that get the same tokens; its first rank reads. None: every rank reads for itself.
-    reads_data: False on pipeline stages that need no tokens. They still read under eod_mask_loss, because the number
-    of valid tokens then depends on the data, and every rank must know it.
+    reads_data: False on pipeline stages that need no tokens. They still read under eod_mask_loss and for padded
+    windows: the number of valid tokens then depends on the data, and every rank must know it.
+    padded: windows may be shorter than seq_length + 1; the rest of their rows is token 0, without loss.
     eod_mask_loss: no loss where the *input* is the end-of-document token (Megatron-LM's meaning). Nothing else is ever
     masked by its id: padding and end of document may be the same token.
     """
@@ -90,6 +94,7 @@ class BatchBuilder:
         device: torch.device,
         eod_id: int | None,
         eod_mask_loss: bool = False,
+        padded: bool = False,
     ) -> None:
         if eod_id is None and eod_mask_loss:
             raise ValueError("--eod-mask-loss needs a tokenizer with an end-of-document token")
@@ -100,13 +105,16 @@ class BatchBuilder:
         self.device = device
         self.eod_id = -1 if eod_id is None else eod_id  # no token has id -1
         self.eod_mask_loss = eod_mask_loss
-        self.reads = self.is_reader and (reads_data or eod_mask_loss)
+        self.padded = padded
+        self.equal_counts = not (eod_mask_loss or padded)
+        """Whether every sample has seq_length valid tokens, so that no rank needs data to know them."""
+        self.reads = self.is_reader and (self.reads_data or not self.equal_counts)
 
     def read(self, fetch: Callable[[int, int], np.ndarray | None], shape: tuple[int, int]) -> torch.Tensor | None:
         """Read fetch(micro-batch, row) for all micro-batches and rows of `shape` if this is the rank that reads.
 
-        `fetch` gives int64 (S + 1,), or None for padding. Returns int64 (micro-batches, B, S + 1) in host memory,
-        or None. Called on the background thread.
+        `fetch` gives int64 (S + 1,), fewer if padded, or None for a sample that is not there. Returns int64
+        (micro-batches, B, S + 1) in host memory, padding as `PADDING`; or None. Called on the background thread.
         """
         if not self.reads:
             return None
@@ -115,7 +123,12 @@ class BatchBuilder:
         rows = tokens.numpy()
         for microbatch, row in np.ndindex(*shape):
             fetched = fetch(microbatch, row)
-            if fetched is not None:
+            if fetched is None:
+                continue
+            if self.padded:
+                rows[microbatch, row, len(fetched) :] = PADDING
+                rows[microbatch, row, : len(fetched)] = fetched
+            else:
                 rows[microbatch, row] = fetched
         return tokens
 
@@ -126,7 +139,7 @@ class BatchBuilder:
         False for padding. Called on the main thread of all ranks of the group, in the same order.
         """
         counts = present.sum(axis=1) * self.seq_length
-        if not (self.reads_data or self.eod_mask_loss):
+        if self.equal_counts and not self.reads_data:
             return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
         data = self._share(host, present.shape)
         tokens, labels = data[..., :-1].contiguous(), data[..., 1:].contiguous()
@@ -135,6 +148,10 @@ class BatchBuilder:
             mask *= torch.from_numpy(present[..., None]).to(self.device)
         if self.eod_mask_loss:
             mask = mask * (tokens != self.eod_id)
+        if self.padded:
+            mask = mask * (labels != PADDING)
+            tokens, labels = tokens.clamp(min=0), labels.clamp(min=0)
+        if not self.equal_counts:
             counts = self._count(host, present, mask)
         if not self.reads_data:
             return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
@@ -166,7 +183,10 @@ class BatchBuilder:
         """Trained labels of each micro-batch; the reading rank counts on the host and spares a device sync."""
         if host is None:
             return mask.sum(dim=(1, 2), dtype=torch.int64).cpu().numpy()
-        return ((host[..., :-1].numpy() != self.eod_id) & present[..., None]).sum(axis=(1, 2))
+        valid = (host[..., 1:].numpy() != PADDING) & present[..., None]
+        if self.eod_mask_loss:
+            valid &= host[..., :-1].numpy() != self.eod_id
+        return valid.sum(axis=(1, 2))
 
     def _without_tokens(self, sources: np.ndarray, valid: int) -> Batch:
         """A batch of the right shapes for a rank that looks at none of its tensors."""
@@ -240,8 +260,8 @@ class TrainLoader:
     def _read(self, first_sample: int) -> tuple[torch.Tensor | None, np.ndarray]:
         """Tokens and sources of this rank's samples of a step; runs on the background thread."""
         offsets = self.layout.offsets()
-        source, _, window = self.ledger.samples(first_sample, first_sample + self.layout.global_batch_size)
-        sources, windows = source[offsets], window[offsets]
+        source, epoch, window = self.ledger.samples(first_sample, first_sample + self.layout.global_batch_size)
+        sources, epochs, windows = source[offsets], epoch[offsets], window[offsets]
         if self.builder.reads:
             self._prepare(set(sources.ravel().tolist()) - self._prepared)
 
@@ -250,7 +270,7 @@ class TrainLoader:
             if dataset is None:
                 name = self.ledger.sources[sources[microbatch, row]].name
                 raise ValueError(f"sample of source {name!r}, which was dropped before; its file is not open")
-            return dataset[int(windows[microbatch, row])]
+            return dataset.read(int(windows[microbatch, row]), int(epochs[microbatch, row]))
 
         return self.builder.read(fetch, offsets.shape), sources
 

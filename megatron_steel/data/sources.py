@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_steel.config.schema import SequenceMode
+from megatron_steel.data.document_windows import open_windows
 from megatron_steel.data.identity import Candidate, Known, content_hashes, known_hash
 from megatron_steel.data.indexed import IndexedReader, read_sidecar
 from megatron_steel.data.order import SourceSpec
@@ -62,6 +64,7 @@ def open_sources(
     known: Mapping[str, Known] | None = None,
     read_all: bool = False,
     verify: bool = True,
+    sequence_mode: SequenceMode = "concat",
 ) -> DataSources:
     """Open the training and validation data that these options name.
 
@@ -69,6 +72,7 @@ def open_sources(
     differ. tokenizer None skips the check of token ids (tools that only look at data). later: names of sources that a
     phase draws from, which are opened with weight 0 too. known: the sources of the checkpoint by fingerprint.
     read_all: name every source by all of its tokens; verify: compare them with what preprocessing recorded.
+    sequence_mode: how documents of the training data become windows; those of validation are always joined.
     Raises ValueError for options that contradict each other, a missing or damaged file, data of another tokenizer, or a
     source without a single window.
     """
@@ -85,7 +89,7 @@ def open_sources(
         """A source and its held-out documents."""
         reader = open_indexed(weighted[i][1], tokenizer)
         train, held_out, _ = split_documents(split if data_path else "1", reader.num_documents)
-        dataset = WindowedDataset(reader.prefix, seq_length, train, seed, reader=reader)
+        dataset = open_windows(sequence_mode, reader, seq_length, train, seed, None)
         return Candidate(names[i], dataset, known_hash(reader, read_all, verify)), held_out
 
     # Opening is reading small pieces of many files: on shared storage mostly waiting.

@@ -3,6 +3,7 @@
 The documents of a range are put in a shuffled order and read as one stream of tokens; window i holds tokens
 [i * seq_length, (i + 1) * seq_length] of it. Neighbours share one token: the last label of one is the first input of
 the next, so every token but the first of the stream is a label exactly once. What does not fill a window is dropped.
+Windows that never cross a document are in data/document_windows.py.
 """
 
 from __future__ import annotations
@@ -10,13 +11,38 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 
+from megatron_steel.config.schema import SequenceMode
 from megatron_steel.data.indexed import IndexedReader
 from megatron_steel.data.shuffle import permute, round_keys
 
 INT32_MAX = int(np.iinfo(np.int32).max)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A part of the windows of a source: the first of its shuffled documents, up to so many samples, tokens, or share.
+
+    The order of the documents depends on the seed of the run, so this is a random choice that the seed repeats.
+    """
+
+    kind: Literal["max_samples", "max_tokens", "fraction"]
+    value: Fraction
+
+    def windows(self, total: int, seq_length: int) -> int:
+        """Return how many of `total` windows are used; a share is rounded to the nearest, half up."""
+        if self.kind == "fraction":
+            return math.floor(self.value * total + Fraction(1, 2))
+        return min(total, math.floor(self.value / (seq_length if self.kind == "max_tokens" else 1)))
+
+    def __str__(self) -> str:
+        """As it is written after a path."""
+        return f"{self.kind}={self.value}"
 
 
 class WindowedDataset:
@@ -28,8 +54,12 @@ class WindowedDataset:
 
     fingerprint: names file content, range and document order, wherever the file lies (str, 64 hex digits); from the
     fast key of the file, unless data/identity.py knows more.
-    num_tokens: tokens in the range. dropped_tokens: those at the end of the stream that are in no window.
+    limit: use only the first of its windows; part of the fingerprint where it leaves any out.
+    num_tokens: tokens in the range. all_windows: windows in the range; len() is how many of them are used.
+    dropped_tokens: tokens of the range that no window holds, used or not (in "sample": in one epoch).
     """
+
+    sequence_mode: SequenceMode = "concat"
 
     def __init__(
         self,
@@ -39,6 +69,7 @@ class WindowedDataset:
         seed: int = 0,
         shuffle_documents: bool = True,
         reader: IndexedReader | None = None,
+        limit: Limit | None = None,
     ) -> None:
         assert seq_length > 0
         self.prefix = prefix
@@ -53,18 +84,21 @@ class WindowedDataset:
         content = self.reader.fingerprint()
         order_name = f"seed {seed}" if shuffle_documents else "file order"
         self._description = f"{content}|{first}|{last}|{order_name}"
-        self.fingerprint = self.content_name(None)
         self._range = (first, last)
         self._lock = threading.Lock()
         self._made_index: tuple[np.ndarray, np.ndarray] | None = None
         self._order_keys = round_keys("documents", seed, content) if shuffle_documents else None
+        self._crop_name = (seed, content)
         self.num_tokens = self._count_tokens()
-        if self.num_tokens <= seq_length:
-            raise ValueError(
-                f"{prefix}: documents [{first}, {last}) hold {self.num_tokens} tokens, less than one window of "
-                f"seq_length {seq_length} + 1; add documents or lower --seq-length"
-            )
-        self.dropped_tokens = self.num_tokens - len(self) * seq_length - 1
+        self.all_windows, self.dropped_tokens = self._count_windows()
+        self._windows = self.all_windows if limit is None else limit.windows(self.all_windows, seq_length)
+        if not self._windows:
+            raise ValueError(f"{prefix}:{limit} leaves none of {self.all_windows} windows; raise it, or leave it out")
+        if self.sequence_mode != "concat":
+            self._description += f"|{self.sequence_mode}"
+        if self._windows < self.all_windows:
+            self._description += f"|first {self._windows} windows"
+        self.fingerprint = self.content_name(None)
 
     def content_name(self, bin_sha256: str | None) -> str:
         """Return the fingerprint by the fast key alone (None), or by it and the sha256 of the .bin file."""
@@ -72,10 +106,20 @@ class WindowedDataset:
         return hashlib.sha256(f"{version}|{self._description}".encode()).hexdigest()
 
     def __len__(self) -> int:
-        return (self.num_tokens - 1) // self.seq_length
+        return self._windows
+
+    def __getitem__(self, window: int) -> np.ndarray:
+        """Return the window as the first epoch reads it."""
+        return self.read(window, 0)
+
+    def describe(self) -> str:
+        """Return for the log which part of the file is used; empty if all of it is, joined end to end."""
+        return f"of {self.all_windows:,}" if self._windows < self.all_windows else ""
 
     def prepare(self) -> tuple[np.ndarray, np.ndarray]:
-        """Documents in their order, int64 (documents,), and starts of windows in it, int32 (windows + 1, 2).
+        """Documents in their order, int64 (documents,), and where windows begin in it.
+
+        That is int32 (windows + 1, 2) here: place of the document, and offset in it.
 
         Made when the first window is read: a run with hundreds of sources starts after the few that its first batch
         needs, and the thread that reads ahead makes the rest. May be called on any thread.
@@ -87,21 +131,24 @@ class WindowedDataset:
 
     def _make_index(self) -> tuple[np.ndarray, np.ndarray]:
         """What `prepare` returns."""
-        first, last = self._range
-        documents = np.arange(last - first, dtype=np.int64)
-        if self._order_keys is not None:
-            documents = permute(documents, last - first, self._order_keys)
+        documents = self._document_order()
         # Document ids are relative to the range here, so that the C++ helper sees only the lengths it needs.
         starts = _window_starts(self._document_lengths(), documents, self.seq_length, self.num_tokens)
-        assert len(starts) == len(self) + 1
-        documents += first
-        return documents, starts
+        assert len(starts) == self.all_windows + 1
+        return documents + self._range[0], starts
 
-    def __getitem__(self, window: int) -> np.ndarray:
-        """Return tokens int64 (seq_length + 1,): inputs are all but the last, labels all but the first."""
-        if not 0 <= window < len(self):
-            raise IndexError(f"{self.prefix}: window {window} is not in [0, {len(self)})")
-        documents, starts = self.prepare()
+    def _document_order(self) -> np.ndarray:
+        """Documents in their order, counted from the first of the range, int64 (documents,)."""
+        count = self._range[1] - self._range[0]
+        documents = np.arange(count, dtype=np.int64)
+        return documents if self._order_keys is None else permute(documents, count, self._order_keys)
+
+    def read(self, window: int, epoch: int) -> np.ndarray:
+        """Return tokens int64 (seq_length + 1,): inputs are all but the last, labels all but the first.
+
+        Joined documents are the same in every epoch.
+        """
+        documents, starts = self._index_of(window)
         (place, offset), (last_place, last_offset) = starts[window : window + 2].tolist()
         parts = []
         while place < last_place:
@@ -111,6 +158,22 @@ class WindowedDataset:
         tokens = np.concatenate(parts, dtype=np.int64)
         assert tokens.shape == (self.seq_length + 1,)
         return tokens
+
+    def _index_of(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `prepare` returns, for a window that must be there."""
+        if not 0 <= window < len(self):
+            raise IndexError(f"{self.prefix}: window {window} is not in [0, {len(self)})")
+        return self.prepare()
+
+    def _count_windows(self) -> tuple[int, int]:
+        """Windows in the range, and tokens that are in none of them; raises ValueError if there is no window."""
+        if self.num_tokens <= self.seq_length:
+            raise ValueError(
+                f"{self.prefix}: documents [{self._range[0]}, {self._range[1]}) hold {self.num_tokens} tokens, less "
+                f"than one window of seq_length {self.seq_length} + 1; add documents or lower --seq-length"
+            )
+        windows, rest = divmod(self.num_tokens - 1, self.seq_length)
+        return windows, rest
 
     def _count_tokens(self) -> int:
         """Tokens in the range, from where its first and last sequence begin."""

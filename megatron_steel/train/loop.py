@@ -43,6 +43,8 @@ class Session:
     """Sources of the ledger, in its order."""
     loss_sums: Tensor
     """Summed loss and tokens of each source since the last report, [sources, 2]."""
+    token_sums: Tensor
+    """Trained tokens of each source since the run began, [sources] float64."""
     valid_loaders: dict[str, ValidLoader]
     byte_lengths: np.ndarray
     state: TrainState
@@ -61,7 +63,7 @@ def take_step(session: Session) -> None:
     """One optimizer step and its bookkeeping."""
     state, config = session.state, session.config
     batches = session.loader.step(state.consumed_samples)
-    step_tokens = count_tokens(session.world, batches, equal_ranks=not config.data.eod_mask_loss)
+    step_tokens = count_tokens(session.world, batches, equal_ranks=session.loader.builder.equal_counts)
     lr = learning_rate(state.iteration, config.optimizer, config.training.train_iters)
     result = train_step(
         session.model,
@@ -79,6 +81,7 @@ def take_step(session: Session) -> None:
     state.consumed_tokens += step_tokens
     state.skipped_iterations += not result.updated
     session.loss_sums += result.loss_sums
+    session.token_sums += result.loss_sums[:, 1]
     session.recorder.record("grad_norm", result.grad_norm, "last")
     session.recorder.record("lr", lr, "last")
     session.recorder.record("nan_iterations", int(not result.updated), "sum")
@@ -93,11 +96,16 @@ def mean_losses(session: Session) -> dict[str, Any]:
 
 
 def seen_by_source(session: Session) -> dict[str, dict[str, Any]]:
-    """Tokens read from each source so far (masked ones too), and how often its windows were seen."""
+    """Tokens read from each source so far, and how often its windows were seen.
+
+    They are a function of the order, masked ones included; of padded samples, those that were trained are counted.
+    """
     ledger, samples = session.loader.ledger, session.state.consumed_samples
-    tokens = ledger.consumed(samples) * ledger.seq_length
+    tokens = (ledger.consumed(samples) * ledger.seq_length).tolist()
+    if session.loader.builder.padded:
+        tokens = [int(count) for count in session.token_sums.tolist()]
     return {
-        "consumed_tokens_by_source": dict(zip(session.source_names, tokens.tolist(), strict=True)),
+        "consumed_tokens_by_source": dict(zip(session.source_names, tokens, strict=True)),
         "epochs_by_source": dict(zip(session.source_names, ledger.epochs(samples).tolist(), strict=True)),
     }
 

@@ -127,6 +127,14 @@ def resolve_vocabulary(config: Config, tokenizer: Tokenizer, state: TrainState |
         )
 
 
+def check_end_of_document(config: Config, tokenizer: Tokenizer) -> None:
+    """``ValueError`` when an option is about the end-of-document token and the tokenizer has none."""
+    for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids"):
+        if getattr(config.data, name) and tokenizer.eos_id is None:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} needs an end-of-document token, and {config.tokenizer.tokenizer_model} has none")
+
+
 def check_resume(config: Config, state: TrainState, tokenizer: Tokenizer, origin: Path) -> None:
     """What must be unchanged to go on with a run: tokenizer, schedule, kind of optimizer state."""
     if not state.has_optimizer:
@@ -134,6 +142,9 @@ def check_resume(config: Config, state: TrainState, tokenizer: Tokenizer, origin
     fingerprint = tokenizer.fingerprint()
     if state.tokenizer and state.tokenizer["fingerprint"] != fingerprint:
         raise ValueError(f"{origin} was trained with another tokenizer than {config.tokenizer.tokenizer_model}")
+    mode = state.config.get("sequence_mode", "concat")
+    if mode != config.data.sequence_mode:
+        raise ValueError(f"{origin} was trained with --sequence-mode {mode}; resume with it, or start with --finetune")
     saved = state.config.get("use_distributed_optimizer")
     if saved != config.parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if saved else "--no-use-distributed-optimizer"
@@ -159,6 +170,7 @@ def open_data(config: Config, tokenizer: Tokenizer, ledger: Ledger | None, phase
         known=known,
         read_all=options.data_fingerprint == "full",
         verify=os.environ.get("RANK", "0") == "0",
+        sequence_mode=options.sequence_mode,
     )
 
 
@@ -204,6 +216,7 @@ def prepare(config: Config) -> Prepared:
     if loaded is not None and checkpoint is not None:
         check_same_model(loaded.config, to_flat(config), checkpoint)
     resolve_vocabulary(config, tokenizer, loaded)
+    check_end_of_document(config, tokenizer)
     resuming = loaded is not None and not weights_only
     if resuming and loaded is not None and checkpoint is not None:
         check_resume(config, loaded, tokenizer, checkpoint)

@@ -40,8 +40,11 @@ def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
     total_samples = state.consumed_samples + left * (config.training.global_batch_size or 1)
     now = {source.fingerprint: source.weight for source in prepared.ledger.sources_at(state.consumed_samples)}
     for source, row in zip(prepared.ledger.sources, prepared.ledger.epoch_table(total_samples), strict=True):
+        dataset = prepared.datasets.get(source.fingerprint)
+        selected = dataset.describe() if dataset is not None else ""
         lines.append(
-            f"data: {row.name}: share {now.get(source.fingerprint, 0.0):.4f}, {row.windows:,} windows, "
+            f"data: {row.name}: share {now.get(source.fingerprint, 0.0):.4f}, {row.windows:,} windows"
+            f"{' ' * bool(selected)}{selected}, "
             f"{row.samples:,} samples = {row.epochs:.3f} epochs by the end of the run"
         )
     for segment in prepared.ledger.segments:
@@ -75,6 +78,7 @@ def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[Batc
         device=world.device,
         eod_id=eod_id,
         eod_mask_loss=config.data.eod_mask_loss,
+        padded=config.data.sequence_mode != "concat",
     )
     return layout, builder
 
@@ -111,6 +115,8 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
     layout, builder = deal_batches(config, world, prepared.tokenizer.eos_id)
     samples = config.logging.eval_iters * (config.training.global_batch_size or 1)
     sources = prepared.ledger.sources
+    # The order of a ledger's sources never changes, their names may; new ones come last.
+    tokens_before = [*state.consumed_tokens_by_source.values(), *[0] * len(sources)][: len(sources)]
     return Session(
         config=config,
         world=world,
@@ -119,6 +125,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         loader=TrainLoader(prepared.ledger, prepared.datasets, layout, builder, state.consumed_samples),
         source_names=[source.name for source in sources],
         loss_sums=torch.zeros(len(sources), 2, dtype=torch.float64, device=world.device),
+        token_sums=torch.tensor(tokens_before, dtype=torch.float64, device=world.device),
         valid_loaders={
             name: ValidLoader(dataset, layout, builder, samples) for name, dataset in prepared.valid_sets.items()
         },

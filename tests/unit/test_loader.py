@@ -32,6 +32,9 @@ class FakeWindows:
         return self.windows
 
     def __getitem__(self, window: int) -> np.ndarray:
+        return self.read(window, 0)
+
+    def read(self, window: int, epoch: int) -> np.ndarray:
         self.reads += 1
         if self.broken_from is not None and window >= self.broken_from:
             raise OSError(f"cannot read window {window}")
