@@ -26,6 +26,7 @@ OUR_OWN = {
     "target-epochs",
     "data-phases",
     "data-fingerprint",
+    "sequence-mode",
     "max-epochs-per-source",
     "auto-resume",
     "save-total-limit",
