@@ -29,6 +29,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_schedule(config)
     check_batch(config, data_parallel_size(config, world_size))
     check_overlap(config)
+    check_documents(config)
     check_checkpoint(config)
     return settings_without_effect(config, world_size)
 
@@ -231,6 +232,16 @@ def check_overlap(config: Config) -> None:
         raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ValueError("--sequence-parallel needs --tensor-model-parallel-size 2 or more")
+
+
+def check_documents(config: Config) -> None:
+    """Documents are told apart by bounds in a packed row, which megatron-core's own attention does not take."""
+    for name in ("reset_attention_mask", "reset_position_ids"):
+        if getattr(config.data, name) and config.parallel.transformer_impl == "local":
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not go with --transformer-impl local, whose attention takes no "
+                f"packed documents; use --transformer-impl torch or transformer_engine"
+            )
 
 
 def check_checkpoint(config: Config) -> None:

@@ -41,8 +41,6 @@ KNOWN_FLAGS: dict[str, str] = {
     "expert-tensor-parallel-size": NOT_YET,
     "num-experts": NOT_YET,
     "moe-router-topk": NOT_YET,
-    "reset-attention-mask": "document masking is not supported yet, and no backend may ignore it silently",
-    "reset-position-ids": "rotary embeddings here count from the start of the sample",
     "rampup-batch-size": NOT_YET,
     "tensorboard-queue-size": "events are flushed at every log line; remove the flag",
     "num-workers": "one background thread reads ahead on each rank that needs data; remove the flag",

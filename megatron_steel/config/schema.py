@@ -124,6 +124,10 @@ class DataConfig:
     """Documents joined end to end, each split into samples, its first seq_length, or a random piece of that length."""
     eod_mask_loss: bool = False
     """No loss on positions whose input is the end-of-document token."""
+    reset_attention_mask: bool = False
+    """Attention stays inside a document: none crosses an end-of-document token."""
+    reset_position_ids: bool = False
+    """Positions count from the start of each document, also in rotary embeddings."""
     seed: int = 1234
     """Seed of initialisation, dropout and data order."""
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_steel.data.documents import document_bounds, positions_from, row_bounds
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.windows import WindowedDataset
 
@@ -38,11 +39,14 @@ class Batch:
     loss_mask_BS: torch.Tensor
     """1 where the label is trained, else 0, float32."""
     position_ids_BS: torch.Tensor
-    """Position of each input in its sample, int64."""
+    """Position of each input in its sample, or in its document when positions are reset, int64."""
     sources_B: np.ndarray
     """Source of each sample, int64: index into Ledger.sources, or -1 in validation."""
     valid_tokens: int
     """Trained labels in this micro-batch (the sum of loss_mask_BS), known without a device."""
+    cu_seqlens: torch.Tensor | None = None
+    """Packed documents: where attention begins anew in the rows joined end to end, and B * S; int32 (documents + 1,).
+    None: each row is one text, attended to as a whole, and positions count from its start."""
 
 
 def valid_tokens(batches: Sequence[Batch]) -> int:
@@ -83,6 +87,8 @@ class BatchBuilder:
     padded: windows may be shorter than seq_length + 1; the rest of their rows is token 0, without loss.
     eod_mask_loss: no loss where the *input* is the end-of-document token (Megatron-LM's meaning). Nothing else is ever
     masked by its id: padding and end of document may be the same token.
+    reset_attention_mask: attention ends with a document. reset_position_ids: positions count from its start. With
+    either, every pipeline stage reads.
     """
 
     def __init__(
@@ -94,14 +100,24 @@ class BatchBuilder:
         device: torch.device,
         eod_id: int | None,
         eod_mask_loss: bool = False,
+        reset_attention_mask: bool = False,
+        reset_position_ids: bool = False,
         padded: bool = False,
     ) -> None:
-        if eod_id is None and eod_mask_loss:
-            raise ValueError("--eod-mask-loss needs a tokenizer with an end-of-document token")
+        for flag, given in (
+            ("--eod-mask-loss", eod_mask_loss),
+            ("--reset-attention-mask", reset_attention_mask),
+            ("--reset-position-ids", reset_position_ids),
+        ):
+            if eod_id is None and given:
+                raise ValueError(f"{flag} needs a tokenizer with an end-of-document token")
         self.seq_length = seq_length
         self.group = tensor_group if tensor_group is not None and dist.get_world_size(tensor_group) > 1 else None
         self.is_reader = self.group is None or dist.get_rank(self.group) == 0
-        self.reads_data = reads_data
+        self.packs = reset_attention_mask or reset_position_ids
+        self.reset_attention_mask = reset_attention_mask
+        self.reset_position_ids = reset_position_ids
+        self.reads_data = reads_data or self.packs
         self.device = device
         self.eod_id = -1 if eod_id is None else eod_id  # no token has id -1
         self.eod_mask_loss = eod_mask_loss
@@ -156,6 +172,9 @@ class BatchBuilder:
         if not self.reads_data:
             return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
         positions = torch.arange(self.seq_length, device=self.device).expand(tokens.shape)
+        bounds: list[torch.Tensor | None] = [None] * len(sources)
+        if self.packs:
+            positions, bounds = self._documents((data.cpu() if host is None else host).numpy()[..., :-1])
         return [
             Batch(
                 tokens_BS=tokens[i],
@@ -164,9 +183,24 @@ class BatchBuilder:
                 position_ids_BS=positions[i],
                 sources_B=sources[i],
                 valid_tokens=int(counts[i]),
+                cu_seqlens=bounds[i],
             )
             for i in range(len(sources))
         ]
+
+    def _documents(self, tokens: np.ndarray) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """(position ids as `tokens`, attention bounds of each micro-batch) of int64 (micro-batches, B, S).
+
+        Computed on the host: the number of documents decides shapes.
+        """
+        _, rows, length = tokens.shape
+        whole = torch.from_numpy(row_bounds(rows, length)).to(self.device)
+        positions, bounds = [], []
+        for tokens_BS in tokens:
+            documents = torch.from_numpy(document_bounds(tokens_BS, self.eod_id)).to(self.device)
+            bounds.append(documents if self.reset_attention_mask else whole)
+            positions.append(positions_from(documents if self.reset_position_ids else whole, rows * length))
+        return torch.stack(positions).view(tokens.shape), bounds
 
     def _share(self, host: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The tokens of the step on this rank's device, from the reading rank of the group."""

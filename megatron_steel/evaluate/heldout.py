@@ -122,6 +122,9 @@ def score_checkpoint(
         reads_data=world.pipeline_rank in (0, world.pipeline_size - 1),
         device=world.device,
         eod_id=tokenizer.eos_id,
+        # As in training: a model that never saw another document before its own is scored the same way.
+        reset_attention_mask=bool(state.config.get("reset_attention_mask")),
+        reset_position_ids=bool(state.config.get("reset_position_ids")),
     )
     results = {}
     for name, dataset in sets.items():

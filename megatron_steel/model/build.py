@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,9 +27,23 @@ BUCKET_PARAMETERS_PER_RANK = 1_000_000
 
 
 class LanguageModel(GPTModel):
-    """megatron-core's GPT with a loss that ignores vocabulary padding."""
+    """megatron-core's GPT with a loss that ignores vocabulary padding and rotary angles that follow ``position_ids``.
+
+    The latter for packed documents only: megatron-core counts positions from the start of each by itself, whatever
+    the position ids say. Every pipeline stage needs the position ids then.
+    """
 
     valid_vocab: int
+
+    def _preprocess(
+        self, position_ids: Tensor, packed_seq_params: PackedSeqParams | None = None, **rest: Any
+    ) -> tuple[Any, ...]:
+        """megatron-core's inputs of the decoder; the second is the rotary angles, [T, 1, 1, D] by token when packed."""
+        inputs = super()._preprocess(position_ids=position_ids, packed_seq_params=packed_seq_params, **rest)
+        if packed_seq_params is None:
+            return inputs
+        # Angles by token are what megatron-core's own rotation takes too, as long as their number is that of tokens.
+        return (inputs[0], inputs[1].index_select(0, position_ids.flatten()), *inputs[2:])
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V / TP] (overwritten) -> loss per token [B, S], fp32."""

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_steel.model.blocks import row_blocks
+from megatron_steel.model.packed import packed_attention
 
 
 class TorchDotProductAttention(torch.nn.Module):
@@ -62,9 +63,13 @@ class TorchDotProductAttention(torch.nn.Module):
         """query [S, B, N, D], key and value [S', B, G, D] -> [S, B, N * D].
 
         The mask type decides: causal, or none for one new token against a cache. A dense mask is never read: whoever
-        passes one would be ignored silently, so it must be None.
+        passes one would be ignored silently, so it must be None. With ``packed_seq_params`` the tensors hold the tokens
+        of several documents, [T, N, D] and [T, G, D] -> [T, N * D], and each attends within its own.
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_mask is None and attention_bias is None
+        if packed_seq_params is not None:
+            dropout = self.dropout if self.training else 0.0
+            return packed_attention(query, key, value, packed_seq_params, dropout, self.softmax_scale).flatten(1)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         out_BNSD = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
@@ -89,14 +94,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out[..., half:].addcmul_(x[..., :half], sin)
 
 
-@functools.lru_cache(maxsize=8)
-def rotary_table(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos [S, 1, 1, 1, D] and sin [S, 1, 1, 1, D / 2] of megatron-core's angles [S, 1, 1, D], whose halves are equal.
-
-    Remembered by the identity of ``angles``: megatron-core hands the same tensor to every layer and step.
-    """
+def cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos [S, 1, 1, 1, D] and sin [S, 1, 1, 1, D / 2] of megatron-core's angles [S, 1, 1, D] (equal halves)."""
     angles = angles.unsqueeze(2)
     return angles.cos().to(dtype), angles[..., : angles.shape[-1] // 2].sin().to(dtype)
+
+
+# Remembered by the identity of the angles: megatron-core hands the same tensor to every layer and step. Those of packed
+# documents are made for one micro-batch and go to its layers one after another.
+rotary_table = functools.lru_cache(maxsize=8)(cos_sin)
+packed_rotary_table = functools.lru_cache(maxsize=1)(cos_sin)
 
 
 class SplitAndRotate(torch.autograd.Function):
@@ -142,8 +149,8 @@ class SplitAndRotate(torch.autograd.Function):
 class TorchSelfAttention(SelfAttention):
     """megatron-core's self-attention with a short way through it for training.
 
-    Anything special (a key/value cache, packed sequences, QK norm, fewer key heads than ranks, recomputation) takes
-    megatron-core's own way. Parameters and checkpoint names are the same.
+    Anything special (a key/value cache, QK norm, fewer key heads than ranks, recomputation) takes megatron-core's own
+    way. Parameters and checkpoint names are the same.
     """
 
     def is_plain(self) -> bool:
@@ -166,9 +173,11 @@ class TorchSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **rest: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [S, B, H] -> the same shape, and the output projection's bias."""
-        special = inference_context is not None or packed_seq_params is not None
-        if special or rotary_pos_emb is None or not self.is_plain():
+        """hidden_states [S, B, H] -> the same shape, and the output projection's bias.
+
+        With ``packed_seq_params`` B is 1 and ``rotary_pos_emb`` [S, 1, 1, D] holds the angles of each token.
+        """
+        if inference_context is not None or rotary_pos_emb is None or not self.is_plain():
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -178,8 +187,13 @@ class TorchSelfAttention(SelfAttention):
                 **rest,
             )
         mixed, _ = self.linear_qkv(hidden_states)
-        cos, sin = rotary_table(rotary_pos_emb, mixed.dtype)
+        packed = packed_seq_params is not None
+        cos, sin = (packed_rotary_table if packed else rotary_table)(rotary_pos_emb, mixed.dtype)
         query, key, value = SplitAndRotate.apply(mixed, cos, sin, self.num_query_groups_per_partition)
+        if packed:
+            parts = (part.squeeze(1) for part in (query, key, value))
+            context = self.core_attention(*parts, attention_mask, packed_seq_params=packed_seq_params)
+            return self.linear_proj(context.unsqueeze(1))
         return self.linear_proj(self.core_attention(query, key, value, attention_mask))
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -27,10 +28,29 @@ def token_share(losses_BS: Tensor, batch: Batch, step_tokens: int) -> LossOutput
     construction. megatron-core divides nothing (``calculate_per_token_loss``); the second value is for its own count,
     which is not used. ``loss_by_sample`` [B] holds the sum over each sample's tokens.
     """
+    # Packed documents come as one row.
+    losses_BS = losses_BS.reshape(batch.loss_mask_BS.shape)
     by_sample_B = (losses_BS.float() * batch.loss_mask_BS).sum(-1)
     # Schedules may scale the first value in place: what is reported must be its own tensor.
     report = {"loss_by_sample": by_sample_B.detach().clone()}
     return by_sample_B.sum() / step_tokens, torch.zeros((), dtype=torch.int), report
+
+
+def packed_documents(batch: Batch) -> PackedSeqParams | None:
+    """How attention is to be cut in a micro-batch; None where each row is one text.
+
+    The greatest length is that of a row, which no document exceeds: the same number in each step asks no device.
+    """
+    if batch.cu_seqlens is None:
+        return None
+    longest = batch.tokens_BS.shape[1]
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def forward_step(step_tokens: int) -> Callable[[Iterator[Batch], Any], tuple[Tensor, Callable[[Tensor], LossOutput]]]:
@@ -41,7 +61,14 @@ def forward_step(step_tokens: int) -> Callable[[Iterator[Batch], Any], tuple[Ten
 
     def step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
         batch = next(batches)
-        losses = model(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
+        inputs = (batch.tokens_BS, batch.position_ids_BS, batch.labels_BS)
+        packed = packed_documents(batch)
+        if packed is None:
+            tokens, positions, labels = inputs
+            losses = model(tokens, positions, None, labels=labels)
+        else:
+            tokens, positions, labels = (tensor.reshape(1, -1) for tensor in inputs)
+            losses = model(tokens, positions, None, labels=labels, packed_seq_params=packed)
         return losses, partial(token_share, batch=batch, step_tokens=step_tokens)
 
     return step
@@ -50,7 +77,12 @@ def forward_step(step_tokens: int) -> Callable[[Iterator[Batch], Any], tuple[Ten
 def run_micro_batches(
     model: Model, batches: Sequence[Batch], step_tokens: int, seq_length: int, forward_only: bool
 ) -> list[dict[str, Tensor]]:
-    """Run all micro-batches through the pipeline; on the last stage, one dictionary of sums for each."""
+    """Run all micro-batches through the pipeline; on the last stage, one dictionary of sums for each.
+
+    Their rows of ``seq_length`` go through the model joined to one where documents are packed: all do, or none.
+    """
+    rows, joined = len(batches[0].tokens_BS), batches[0].cu_seqlens is not None
+    assert all((batch.cu_seqlens is not None) == joined for batch in batches)
     iterators = [iter(batches) for _ in model.chunks]
     single = len(model.chunks) == 1
     return get_forward_backward_func()(
@@ -58,8 +90,8 @@ def run_micro_batches(
         data_iterator=iterators[0] if single else iterators,
         model=model.chunks[0] if single else model.chunks,
         num_microbatches=len(batches),
-        seq_length=seq_length,
-        micro_batch_size=batches[0].tokens_BS.shape[0],
+        seq_length=rows * seq_length if joined else seq_length,
+        micro_batch_size=1 if joined else rows,
         forward_only=forward_only,
     )
 

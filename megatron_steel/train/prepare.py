@@ -132,7 +132,9 @@ def check_end_of_document(config: Config, tokenizer: Tokenizer) -> None:
     for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids"):
         if getattr(config.data, name) and tokenizer.eos_id is None:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} needs an end-of-document token, and {config.tokenizer.tokenizer_model} has none")
+            raise ValueError(
+                f"--{flag} needs an end-of-document token, and {config.tokenizer.tokenizer_model} has none"
+            )
 
 
 def check_resume(config: Config, state: TrainState, tokenizer: Tokenizer, origin: Path) -> None:

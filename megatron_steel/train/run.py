@@ -78,6 +78,8 @@ def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[Batc
         device=world.device,
         eod_id=eod_id,
         eod_mask_loss=config.data.eod_mask_loss,
+        reset_attention_mask=config.data.reset_attention_mask,
+        reset_position_ids=config.data.reset_position_ids,
         padded=config.data.sequence_mode != "concat",
     )
     return layout, builder
