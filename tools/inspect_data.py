@@ -209,7 +209,8 @@ def sample(options: argparse.Namespace) -> int:
     from megatron_steel.checkpoint.files import find_checkpoint
     from megatron_steel.checkpoint.state import load_tokenizer, read_state
     from megatron_steel.data.identity import Known
-    from megatron_steel.data.sources import open_sources, parse_data_path
+    from megatron_steel.data.selection import parse_data_path
+    from megatron_steel.data.sources import open_sources
 
     if options.number < 0 or options.count < 1:
         raise ValueError(f"sample {options.number} --count {options.count}: from 0 on, and at least one")
@@ -222,7 +223,7 @@ def sample(options: argparse.Namespace) -> int:
     data = from_flat(state.config, str(checkpoint)).data
     values = options.data_path or data.data_path or data.train_data_path
     # Weights do not matter here: a source of weight 0 may have served earlier samples, or serve later ones.
-    prefixes = [prefix for _, prefix in parse_data_path(values)]
+    prefixes = [file.value for file in parse_data_path(values)]
     sources = open_sources(
         data_path=prefixes if data.data_path else [],
         split=data.split,

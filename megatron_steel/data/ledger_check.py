@@ -59,7 +59,8 @@ def differences(known: Sequence[Source], given: Sequence[Source], appending: boo
             old = missing.pop(source.name)
             problems.append(
                 f"the content of source {source.name!r} changed (fingerprint {source.fingerprint[:12]}, was "
-                f"{old.fingerprint[:12]}): restore the file, or give the new content as a file with another name"
+                f"{old.fingerprint[:12]}): restore the file, or give the new content as a file with another name; if "
+                "only :max_samples=, :max_tokens= or :fraction= after its path changed, give it as it was"
             )
         elif twin is None and not appending:
             problems.append(f"source {source.name!r} is new: pass --append-data to add it from here on")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import math
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +16,7 @@ from megatron_steel.data.identity import Candidate, Known, content_hashes, known
 from megatron_steel.data.indexed import IndexedReader, read_sidecar
 from megatron_steel.data.order import SourceSpec
 from megatron_steel.data.phases import Weighting
+from megatron_steel.data.selection import Selected, parse_data_path, share_weights
 from megatron_steel.data.windows import WindowedDataset, split_documents
 
 # A file without a sidecar is scanned for ids that are out of range: all of it up to this many tokens, else as
@@ -78,18 +76,18 @@ def open_sources(
     """
     if bool(data_path) == bool(train_data_path):
         raise ValueError("give the training data as either --data-path (with --split) or --train-data-path")
-    weighted = parse_data_path(data_path or train_data_path, "--data-path" if data_path else "--train-data-path")
-    names = source_names([prefix for _, prefix in weighted])
-    result = DataSources(weighting=_weighting(weighted, target_epochs))
+    selected = parse_data_path(data_path or train_data_path, "--data-path" if data_path else "--train-data-path")
+    names = source_names([file.prefix for file in selected])
+    result = DataSources(weighting=_weighting(selected, target_epochs))
     # As in Megatron-LM a weight of 0 leaves the source out.
-    factors = target_epochs or [1.0 if weight is None else weight for weight, _ in weighted]
+    factors = target_epochs or [1.0 if file.weight is None else file.weight for file in selected]
     used = [i for i, name in enumerate(names) if factors[i] or name in later]
 
     def open_one(i: int) -> tuple[Candidate, tuple[int, int]]:
         """A source and its held-out documents."""
-        reader = open_indexed(weighted[i][1], tokenizer)
+        reader = open_indexed(selected[i].prefix, tokenizer)
         train, held_out, _ = split_documents(split if data_path else "1", reader.num_documents)
-        dataset = open_windows(sequence_mode, reader, seq_length, train, seed, None)
+        dataset = open_windows(sequence_mode, reader, seq_length, train, seed, selected[i].limit)
         return Candidate(names[i], dataset, known_hash(reader, read_all, verify)), held_out
 
     # Opening is reading small pieces of many files: on shared storage mostly waiting.
@@ -99,30 +97,43 @@ def open_sources(
         for candidate, held_out in opened:
             _add_split_valid(result, candidate.name, candidate.dataset.reader, held_out, seq_length)
     hashes = content_hashes([candidate for candidate, _ in opened], known or {})
-    for i, (candidate, _), bin_sha256 in zip(used, opened, hashes, strict=True):
+    windows = [len(candidate.dataset) for candidate, _ in opened]
+    weights = share_weights([selected[i] for i in used], windows)
+    for i, (candidate, _), weight, bin_sha256 in zip(used, opened, weights, hashes, strict=True):
         dataset = candidate.dataset
         # Without weights every window counts the same, so all sources finish an epoch at the same sample.
-        weight = factors[i] if result.weighting == "weights" else factors[i] * len(dataset)
+        weight = factors[i] * len(dataset) if weight is None else weight
         dataset.fingerprint = dataset.content_name(bin_sha256)
         result.train.append(SourceSpec(candidate.name, dataset.fingerprint, len(dataset), weight))
         result.datasets[dataset.fingerprint] = dataset
-    if data_path and valid_data_path:
+    _add_named_valid(result, valid_data_path, seq_length, tokenizer, bool(data_path))
+    return result
+
+
+def _add_named_valid(
+    result: DataSources,
+    valid_data_path: Sequence[str],
+    seq_length: int,
+    tokenizer: TokenizerFacts | None,
+    replaces_split: bool,
+) -> None:
+    """Add the validation sets that --valid-data-path names."""
+    if replaces_split and valid_data_path:
         result.notes.append("--valid-data-path replaces the validation share of --split, which is not used at all")
     for name, prefix in parse_valid_data_path(valid_data_path):
         reader = open_indexed(prefix, tokenizer)
         result.valid[name] = WindowedDataset(prefix, seq_length, shuffle_documents=False, reader=reader)
-    return result
 
 
-def _weighting(weighted: Sequence[tuple[float | None, str]], target_epochs: Sequence[float]) -> Weighting:
+def _weighting(selected: Sequence[Selected], target_epochs: Sequence[float]) -> Weighting:
     """What the weights are; raises ValueError for target epochs beside weights, or of another number."""
-    written = any(weight is not None for weight, _ in weighted)
+    written = any(file.weight is not None for file in selected)
     if not target_epochs:
         return "weights" if written else "windows"
     if written:
         raise ValueError("give weights in the data path or --target-epochs, not both")
-    if len(target_epochs) != len(weighted):
-        raise ValueError(f"--target-epochs has {len(target_epochs)} numbers for {len(weighted)} sources; give one each")
+    if len(target_epochs) != len(selected):
+        raise ValueError(f"--target-epochs has {len(target_epochs)} numbers for {len(selected)} sources; give one each")
     return "epochs"
 
 
@@ -138,51 +149,6 @@ def _add_split_valid(
         )
         return
     result.valid[name] = WindowedDataset(reader.prefix, seq_length, documents, shuffle_documents=False, reader=reader)
-
-
-def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[tuple[float | None, str]]:
-    """Return (weight or None, prefix) of each source; the forms are Megatron-LM's.
-
-    One or more PREFIX, or WEIGHT PREFIX pairs. Values are read as pairs if one of them is a number. Beyond
-    Megatron-LM, a PREFIX without a weight may be a pattern (`expand_pattern`).
-    Raises ValueError for a mixture, a weight that is not positive, a prefix that is listed twice.
-    """
-    numbers = [_number(value) for value in values]
-    pairs = len(values) > 1 and any(number is not None for number in numbers)
-    if pairs and (len(values) % 2 or None in numbers[0::2]):
-        raise ValueError(f"{flag} {' '.join(values)}: give prefixes only, or a weight before each of them")
-    weights = numbers[0::2] if pairs else [None] * len(values)
-    prefixes = [value.strip() for value in (values[1::2] if pairs else values)]
-    if not pairs:
-        prefixes = [prefix for value in prefixes for prefix in expand_pattern(value, flag)]
-        weights = [None] * len(prefixes)
-    for weight, prefix in zip(weights, prefixes, strict=True):
-        if weight is not None and not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"{flag}: the weight {weight:g} of {prefix} is not a positive number")
-    for prefix, count in Counter(prefixes).items():
-        if count > 1:
-            raise ValueError(f"{flag} lists {prefix} {count} times; list it once, with a higher weight")
-    return list(zip(weights, prefixes, strict=True))
-
-
-def expand_pattern(value: str, flag: str = "--data-path") -> list[str]:
-    """Return the prefixes that a pattern with `*`, `?` or `[...]` matches, sorted; any other value as it is.
-
-    PATTERN:K takes the first K of each folder. Raises ValueError if nothing matches.
-    """
-    if not re.search(r"[*?[]", value) or Path(f"{value}.idx").is_file():
-        return [value]
-    limited = re.fullmatch(r"(.*):(\d+)", value)
-    pattern, first = (limited[1], int(limited[2])) if limited else (value, None)
-    folders: dict[Path, list[str]] = {}
-    for path in sorted(glob.glob(f"{pattern}.idx", recursive=True)):
-        folders.setdefault(Path(path).parent, []).append(path.removesuffix(".idx"))
-    found = [prefix for prefixes in folders.values() for prefix in prefixes[:first]]
-    if not found:
-        raise ValueError(
-            f"{flag} {value}: no {pattern}.idx; give prefixes of .bin and .idx files, or a pattern of them"
-        )
-    return found
 
 
 def parse_valid_data_path(values: Sequence[str]) -> list[tuple[str, str]]:
@@ -274,11 +240,3 @@ def _check_ids(prefix: str, reader: IndexedReader, vocab_size: int) -> None:
                 f"{prefix} holds token id {ids[place]} in sequence {sequence}, but the tokenizer has {vocab_size} ids: "
                 "it was encoded with another tokenizer; pass that one, or preprocess the text again"
             )
-
-
-def _number(value: str) -> float | None:
-    """The value as a number, or None."""
-    try:
-        return float(value)
-    except ValueError:
-        return None

@@ -12,11 +12,11 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron_steel.data import sources as module
 from megatron_steel.data.indexed import IndexedWriter
 from megatron_steel.data.order import Ledger
+from megatron_steel.data.selection import parse_data_path
 from megatron_steel.data.sources import (
     DataSources,
     TokenizerFacts,
     open_sources,
-    parse_data_path,
     parse_valid_data_path,
     source_names,
 )
@@ -45,7 +45,8 @@ def open_data(tokenizer: TokenizerFacts | None = TOKENIZER, seed: int = 1, **opt
 @pytest.mark.parametrize("values", [["a"], ["0.3", "a", "0.7", "b"], ["a", "b"], ["a", "b", "c"], ["30", "a"]])
 def test_data_path_is_read_as_megatron_core_reads_it(values: list[str]) -> None:
     prefixes, weights = get_blend_from_list(values)
-    assert parse_data_path(values) == list(zip(weights or [None] * len(prefixes), prefixes, strict=True))
+    wanted = list(zip(weights or [None] * len(prefixes), prefixes, strict=True))
+    assert [(file.weight, file.prefix) for file in parse_data_path(values)] == wanted
 
 
 @pytest.mark.parametrize(
@@ -88,22 +89,23 @@ def test_target_epochs_are_one_for_each_source_and_instead_of_weights(tmp_path: 
         open_data(train_data_path=[a, b], target_epochs=[0.5])
 
 
+def found(*values: str) -> list[str]:
+    """Prefixes that a data path names."""
+    return [file.prefix for file in parse_data_path(values)]
+
+
 def test_patterns_choose_files_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder, count in (("zh", 4), ("en", 1), ("code", 3)):
         for number in range(count):
             write(Path(folder) / f"part_{number}", documents(3, 50, number))
     names = ["code/part_0", "code/part_1", "code/part_2", "en/part_0"] + [f"zh/part_{i}" for i in range(4)]
-    assert parse_data_path(["*/part_*"]) == [(None, name) for name in names] == parse_data_path(["**/part_?"])
+    assert found("*/part_*") == names == found("**/part_?")
     first_two = ["code/part_0", "code/part_1", "en/part_0", "zh/part_0", "zh/part_1"]
-    assert [prefix for _, prefix in parse_data_path(["*/part_*:2"])] == first_two
-    assert [prefix for _, prefix in parse_data_path(["zh/part_[13]", "en/part_0"])] == [
-        "zh/part_1",
-        "zh/part_3",
-        "en/part_0",
-    ]
+    assert found("*/part_*:2") == first_two
+    assert found("zh/part_[13]", "en/part_0") == ["zh/part_1", "zh/part_3", "en/part_0"]
     write(Path("odd[1]"), documents(3, 50))
-    assert parse_data_path(["odd[1]"]) == [(None, "odd[1]")]
+    assert found("odd[1]") == ["odd[1]"]
     with pytest.raises(ValueError, match=r"--data-path fr/\*:2: no fr/\*.idx; give prefixes"):
         parse_data_path(["fr/*:2"])
     with pytest.raises(ValueError, match="lists zh/part_0 2 times"):
