@@ -11,10 +11,12 @@ import pytest
 import torch
 from command_line import as_flags, run, training_rows
 from pool import WorkerPool
-from tiny_run import LAYOUTS, Trace, largest_relative, options, whole_weights, work_train, write_data
+from tiny_run import LAYOUTS, Layout, Trace, largest_relative, options, whole_weights, work_train, write_data
 
 from megatron_steel.config.load import from_flat
 from megatron_steel.data.loader import Batch, BatchBuilder
+from megatron_steel.evaluate.heldout import score_checkpoint
+from megatron_steel.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_steel.model.build import Model, build_model
 from megatron_steel.objective.language import packed_documents, run_micro_batches
 from megatron_steel.runtime import world as runtime
@@ -143,6 +145,8 @@ STEPS = 8
 MASKED = {"reset_attention_mask": True, "reset_position_ids": True}
 # Attention of a model that is near its usual initialisation is nearly uniform, and positions say nothing.
 SPREAD = {"init_method_std": 0.15}
+# The two stages in the middle have no use for tokens but to know where documents begin.
+PP4 = Layout(ranks=4, flags={"pipeline_model_parallel_size": 4})
 Train = Callable[..., list[Trace]]
 
 
@@ -155,7 +159,7 @@ def train(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Train:
     def on(layout: str, **changes: Any) -> list[Trace]:
         key = f"{layout} {sorted(changes.items())}"
         if key not in known:
-            spread = LAYOUTS[layout]
+            spread = PP4 if layout == "pp4" else LAYOUTS[layout]
             flat = options(prefix, spread.flags, SPREAD, changes)
             known[key] = pool.run(spread.ranks, work_train, flat, STEPS, join=False)
         return known[key]
@@ -163,7 +167,7 @@ def train(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Train:
     return on
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "pp2-interleaved", "dp2", "tp2-pp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "pp2-interleaved", "dp2", "tp2-pp2", "pp4"])
 def test_layouts_agree_with_one_process(train: Train, layout: str) -> None:
     """The loss counts other tokens on every replica, and documents differ in every micro-batch."""
     changes = {**MASKED, "eod_mask_loss": True}
@@ -202,12 +206,27 @@ def test_bfloat16(train: Train) -> None:
     assert largest_relative(rounded.losses, exact.losses) < 5e-3
 
 
-def test_from_the_command_line(tmp_path: Path) -> None:
+def work_score(checkpoint: str, prefix: str) -> float:
+    """Loss of the first 8 windows, as tools/evaluate.py computes it."""
+    scored = score_checkpoint(
+        Path(checkpoint), [prefix], runtime.start(), seq_length=None, micro_batch_size=4, max_samples=8
+    )
+    return next(iter(scored.values())).loss
+
+
+def test_from_the_command_line(pool: WorkerPool, tmp_path: Path) -> None:
+    """Train, validate, save; the checkpoint is scored under the mask it was trained with."""
     prefix = write_data(tmp_path)
-    flags = options(prefix, MASKED, save=str(tmp_path / "run"), train_iters=3, log_interval=1, lr_warmup_iters=0)
-    flags |= {"eod_mask_loss": True, "valid_data_path": [f"held={prefix}"], "eval_iters": 1}
+    flags = options(
+        prefix, MASKED, SPREAD, save=str(tmp_path / "run"), train_iters=3, log_interval=1, lr_warmup_iters=0
+    )
+    flags |= {"valid_data_path": [f"held={prefix}"], "eval_iters": 1}
     assert run(tmp_path / "masked", as_flags(flags)) == [0], (tmp_path / "masked/err0").read_text()
     assert list(training_rows(tmp_path / "run")) == [1, 2, 3]
+    valid = [row for row in read_metrics(tmp_path / "run" / METRICS_FILE) if row.get("split") == "valid"]
+    scored = pool.run(1, work_score, str(tmp_path / "run/iter_0000003"), prefix, join=False)[0]
+    print(f"valid {valid[-1]['loss']}, scored {scored}")
+    assert scored == pytest.approx(valid[-1]["loss"], rel=1e-6)
     refused = as_flags({**flags, "save": str(tmp_path / "local"), "transformer_impl": "local"})
     assert run(tmp_path / "refused", refused) == [2]
     assert "--transformer-impl local" in (tmp_path / "refused/err0").read_text()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_steel.config.check import check
+from megatron_steel.config.load import from_flat
 from megatron_steel.data.documents import document_bounds, positions_from, row_bounds
 from megatron_steel.data.loader import Batch, BatchBuilder
 from megatron_steel.model import packed
+from megatron_steel.train.prepare import check_end_of_document
 
 EOD = 3
 ROWS = st.tuples(st.integers(1, 3), st.integers(1, 12)).flatmap(
@@ -103,6 +109,41 @@ def test_an_end_of_document_token_is_needed(flag: str) -> None:
         )
 
 
+@pytest.mark.parametrize("flag", ["eod_mask_loss", "reset_attention_mask", "reset_position_ids"])
+def test_it_is_missed_before_a_run_begins(flag: str) -> None:
+    tokenizer: Any = SimpleNamespace(eos_id=None)
+    check_end_of_document(from_flat({"tokenizer_model": "folder"}), tokenizer)
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} needs an end-of-document token, and folder has"):
+        check_end_of_document(from_flat({"tokenizer_model": "folder", flag: True}), tokenizer)
+
+
+@pytest.mark.parametrize("flag", ["reset_attention_mask", "reset_position_ids"])
+def test_the_local_backend_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} does not go with --transformer-impl local"):
+        check(from_flat({flag: True, "transformer_impl": "local"}))
+    check(from_flat({flag: True, "transformer_impl": "torch"}))
+
+
+def test_padding_does_not_join_documents() -> None:
+    """Short samples end in padding, which may be the end-of-document token: bounds come before it becomes a token."""
+    builder = BatchBuilder(
+        seq_length=5,
+        tensor_group=None,
+        reads_data=True,
+        device=torch.device("cpu"),
+        eod_id=0,
+        reset_attention_mask=True,
+        reset_position_ids=True,
+        padded=True,
+    )
+    windows = [np.array([4, 0, 5]), np.array([1, 2, 3, 4, 0, 6])]
+    host = builder.read(lambda _, row: windows[row], (1, 2))
+    batch = builder.build(host, np.zeros((1, 2), np.int64), np.ones((1, 2), dtype=bool))[0]
+    assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 2, 5, 10]
+    assert batch.position_ids_BS.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert batch.tokens_BS.tolist() == [[4, 0, 5, 0, 0], [1, 2, 3, 4, 0]]
+
+
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V under the dense mask of the documents, in the inputs' precision."""
     tokens, heads, width = query.shape
@@ -143,7 +184,24 @@ def test_neighbours_of_one_length_are_one_call() -> None:
     assert list(packed.equal_runs([0, 4, 8, 11, 12, 13])) == [(2, 4), (1, 3), (2, 1)]
 
 
-def test_the_varlen_kernel_is_pytorchs() -> None:
-    """Its arguments are those that packed_attention gives it; PyTorch changed them between 2.10 and 2.11."""
+def test_the_varlen_kernel_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the CPU, 16 bits go to PyTorch's kernel, with its own names; 32 bits and dropout do not. No GPU is needed."""
     kernel = packed.varlen_kernel()
-    assert kernel is None or kernel.__module__.startswith("torch.nn.attention")
+    assert kernel is not None and kernel.__module__ == "torch.nn.attention.varlen"
+    calls = []
+
+    def record(*args: object, **more: object) -> str:
+        calls.append(inspect.signature(kernel).bind(*args, **more).arguments)
+        return "kernel"
+
+    monkeypatch.setattr(packed, "varlen_kernel", lambda: record)
+    monkeypatch.setattr(packed, "document_attention", lambda *_: "calls")
+    bounds = packed_bounds([0, 4, 11])
+    query, key = torch.empty(11, 4, 8, dtype=torch.bfloat16, device="meta"), torch.empty(11, 2, 8, device="meta")
+    assert packed.packed_attention(query, key, key, bounds, 0.0, 0.5) == "kernel"
+    assert calls[0]["cu_seq_q"] is calls[0]["cu_seq_k"] is bounds.cu_seqlens_q
+    wanted = {"max_q": 7, "max_k": 7, "scale": 0.5, "window_size": (-1, 0), "enable_gqa": True}
+    assert {name: calls[0][name] for name in wanted} == wanted
+    assert packed.packed_attention(query, key, key, bounds, 0.1, None) == "calls"
+    assert packed.packed_attention(query.float(), key, key, bounds, 0.0, None) == "calls"
+    assert packed.packed_attention(torch.empty(11, 4, 8).bfloat16(), key, key, bounds, 0.0, None) == "calls"
