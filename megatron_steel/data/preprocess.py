@@ -33,13 +33,13 @@ from megatron_steel.data.progress import TaskProgress
 from megatron_steel.data.readers import Task, expand_inputs, plan_tasks, read_task
 from megatron_steel.data.records import COLUMNS
 from megatron_steel.data.shards import ShardRecord, ShardWork, WorkFolder
-from megatron_steel.data.workers import run_work
+from megatron_steel.data.workers import Aside, run_work
 from megatron_steel.text.fast import FastEncoder, IdsDiffer, ReferenceEncoder, fast_encoder
 from megatron_steel.text.sentences import CHINESE, Splitter, make_splitter
 from megatron_steel.text.tokenizer import Tokenizer, build_tokenizer
 
 MIN_TASK_BYTES = 1 << 20
-MAX_TASK_BYTES = 1 << 25
+MAX_TASK_BYTES = 1 << 23
 TASKS_PER_WORKER = 8
 # What the fast encoder is compared on before the run: some texts of some tasks, and no more of each than this.
 SAMPLE_TASKS, SAMPLE_TEXTS, SAMPLE_CHARACTERS = 8, 16, 1000
@@ -90,6 +90,8 @@ def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
     prefixes = [f"{options.output_prefix}_{key}_{level}" for key in options.json_keys]
     fingerprint = settings_fingerprint(options, tokenizer, paths)
     with ExitStack() as stack:
+        # It takes half a second for a large vocabulary, and nobody needs it before the end.
+        identity = stack.enter_context(Aside(tokenizer.fingerprint))
         writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes]
         folder = WorkFolder(options.output_prefix)
         stack.callback(folder.close)
@@ -103,7 +105,7 @@ def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
             writers[:] = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes]
             run.start("reference")
             run.encode_and_join()
-        sidecars = run.commit()
+        sidecars = run.commit(identity.result)
         folder.clear()
     return sidecars
 
@@ -213,7 +215,8 @@ class Run:
         for number in ready:
             progress.skip(number)
         following, lines_before = 0, 0
-        with closing(run_work(work, missing, self.options.workers, progress.update)) as results:
+        worn = self.encoder.text_encoder.worn
+        with closing(run_work(work, missing, self.options.workers, progress.update, worn)) as results:
             while following < len(self.tasks):
                 if following not in ready:
                     number, record = next(results)
@@ -260,7 +263,7 @@ class Run:
                 f"{self.options.max_rejected}; the first: {totals.first_reject}"
             )
 
-    def commit(self) -> list[dict[str, Any]]:
+    def commit(self, tokenizer_fingerprint: str) -> list[dict[str, Any]]:
         """Check that there is something, and give everything its final name."""
         self._check_written()
         rejected = Path(f"{self.options.output_prefix}.rejected.jsonl")
@@ -268,7 +271,7 @@ class Run:
             os.replace(self.folder.all_rejected_path, rejected)
         else:
             rejected.unlink(missing_ok=True)  # it would be an earlier run's
-        sidecars = [self._describe(at) for at in range(len(self.writers))]
+        sidecars = [self._describe(at, tokenizer_fingerprint) for at in range(len(self.writers))]
         for writer, sidecar in zip(self.writers, sidecars, strict=True):
             writer.commit(sidecar)
         return sidecars
@@ -284,7 +287,7 @@ class Run:
             if writer.num_tokens == 0:
                 raise ValueError(f"{names}: {key!r} is empty text in all {self.totals.documents} documents")
 
-    def _describe(self, at: int) -> dict[str, Any]:
+    def _describe(self, at: int, tokenizer_fingerprint: str) -> dict[str, Any]:
         """The sidecar of one dataset."""
         options, tokenizer, totals, writer = self.options, self.tokenizer, self.totals, self.writers[at]
         letters = totals.letters[at][1:]
@@ -298,7 +301,7 @@ class Run:
             "prefix": Path(writer.prefix).name,
             "json_key": options.json_keys[at],
             "tokenizer_type": tokenizer.name,
-            "tokenizer_fingerprint": tokenizer.fingerprint(),
+            "tokenizer_fingerprint": tokenizer_fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eos_id,
             "append_eod": options.append_eod,

@@ -99,7 +99,7 @@ def settings_fingerprint(options: PreprocessOptions, tokenizer: Tokenizer, paths
     if options.split_sentences:
         sentences += [options.keep_newlines, options.lang.lower()]
     decisive = [
-        LAYOUT, tokenizer.fingerprint(), options.json_keys, options.input_format, options.append_eod,
+        LAYOUT, tokenizer.quick_key(), options.json_keys, options.input_format, options.append_eod,
         options.include_special_tokens, sentences, inputs,
     ]  # fmt: skip
     model: list[bytes] = []

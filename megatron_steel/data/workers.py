@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,33 +21,31 @@ PARENT_CHECK_SECONDS = 0.5
 
 
 def run_work(
-    work: Work, items: Sequence[int], workers: int, report: Callable[[int, Any], None]
+    work: Work,
+    items: Sequence[int],
+    workers: int,
+    report: Callable[[int, Any], None],
+    worn: Callable[[], bool] = lambda: False,
 ) -> Generator[tuple[int, Any], None, None]:
-    """Do the items with up to ``workers`` processes (this one when one is enough) and yield (item, result).
+    """Do the items with up to ``workers`` processes (this one when there is one item) and yield (item, result).
 
-    Results come as they finish. ``report(item, progress)`` is called in between. ValueError and OSError of the work
-    are raised here; a worker that dies raises ``RuntimeError``. Closing the generator ends all workers at once.
+    Results come as they finish. ``report(item, progress)`` is called in between. A worker in which ``worn()`` is true
+    after an item ends, and another one is forked in its place. ValueError and OSError of the work are raised here; a
+    worker that dies raises ``RuntimeError``. Closing the generator ends all workers at once.
     """
-    if min(workers, len(items)) <= 1:
+    if len(items) <= 1:
         for item in items:
             yield item, work(item, lambda progress, item=item: report(item, progress))  # type: ignore[misc]
         return
     queue = deque(items)
-    # Forked workers share what is loaded; nothing in this process has started threads that they would miss.
-    context = multiprocessing.get_context("fork")
-    processes: list[Any] = []
+    running: dict[Connection, Any] = {}
+    gc.collect()
+    gc.freeze()  # else the first collection of each worker writes to, and so copies, all that they share
     try:
-        connections: list[Connection] = []
         for _ in range(min(workers, len(items))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, work, os.getpid()), daemon=True)
-            process.start()
-            theirs.close()  # else its end would never be seen
-            processes.append(process)
-            connections.append(ours)
-            ours.send(queue.popleft())
-        while connections:
-            for connection in wait(connections):
+            start_worker(work, worn, queue.popleft(), running)
+        while running:
+            for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
                 kind, item, value = receive(connection)
                 if kind == "progress":
@@ -53,28 +53,75 @@ def run_work(
                     continue
                 if kind == "error":
                     raise value
-                if queue:
+                if queue and kind == "done":
                     connection.send(queue.popleft())
                 else:
-                    connections.remove(connection)
+                    connection.close()  # a worker that waits for more sees the end
+                    running.pop(connection).join()
+                    if queue:
+                        start_worker(work, worn, queue.popleft(), running)
                 yield item, value
     finally:
-        for process in processes:
+        gc.unfreeze()
+        for process in running.values():
             process.kill()
-        for process in processes:
+        for process in running.values():
             process.join()
 
 
-def receive(connection: Connection) -> tuple[str, int, Any]:
-    """The next message of a worker."""
+def start_worker(work: Work, worn: Callable[[], bool], item: int, running: dict[Connection, Any]) -> None:
+    """Fork a worker, give it its first item and add it to those that run.
+
+    Forked workers share what is loaded; nothing in this process has started threads that they would miss.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    others = [*running, ours]
+    process = context.Process(target=serve, args=(theirs, others, work, worn, os.getpid()), daemon=True)
+    process.start()
+    theirs.close()  # else its end would never be seen
+    running[ours] = process
+    ours.send(item)
+
+
+class Aside:
+    """One call in a process of its own, begun now and asked for later. Leaving the context ends it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._ours, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=lambda: theirs.send(function()), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Aside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._ours.close()
+
+    @functools.cached_property
+    def result(self) -> Any:
+        """What the call returned; waits for it."""
+        return receive(self._ours)
+
+
+def receive(connection: Connection) -> Any:
+    """The next message of a process."""
     try:
         return connection.recv()
     except (EOFError, OSError) as error:
         raise RuntimeError("a worker process died (out of memory?); use fewer --workers") from error
 
 
-def serve(connection: Connection, work: Work, parent: int) -> None:
+def serve(
+    connection: Connection, others: Sequence[Connection], work: Work, worn: Callable[[], bool], parent: int
+) -> None:
     """The life of a worker process: take an item, do it, send its result; end when the main process is gone."""
+    for other in others:
+        other.close()  # ends of the main process, which would seem alive as long as they are open here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -92,4 +139,7 @@ def serve(connection: Connection, work: Work, parent: int) -> None:
             except (ValueError, OSError) as error:
                 connection.send(("error", item, error))
                 return
-            connection.send(("done", item, value))
+            last = worn()
+            connection.send(("last" if last else "done", item, value))
+            if last:
+                return

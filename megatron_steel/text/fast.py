@@ -8,7 +8,6 @@ and a sample of the input; and during the run documents picked by their content 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import tempfile
 import unicodedata
@@ -23,7 +22,9 @@ import numpy as np
 from megatron_steel.text.tokenizer import RANKS_FILE, TIKTOKEN_SPECIAL_TOKENS, TikTokenizer, Tokenizer
 
 CHECK_SHARE = 200
-CACHE_BYTES = 96 << 20
+# How much a process may grow by what the library remembers: then it makes way for a fresh one after its work, or,
+# when a single piece of work is that large, loads the vocabulary again.
+WORN_BYTES, CACHE_BYTES = 32 << 20, 192 << 20
 LONG_DOCUMENT = 8192
 CHECK_WINDOW = 2048
 # Split patterns whose ids are compared with the reference in the tests: Qwen 2 and 2.5; Llama 3 and cl100k.
@@ -52,6 +53,10 @@ class TextEncoder(ABC):
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All ids back to back, and int64 (texts,) how many belong to each text."""
+
+    def worn(self) -> bool:
+        """Whether this process has come to hold much that a fresh one would not."""
+        return False
 
 
 class ReferenceEncoder(TextEncoder):
@@ -98,6 +103,9 @@ class FastEncoder(TextEncoder):
         rows = self._backend.encode_batch(given, parallel=False).layout
         bounds = np.asarray(rows.offsets.data)
         return np.asarray(rows.content.data)[bounds[0] : bounds[-1]], np.diff(bounds)
+
+    def worn(self) -> bool:
+        return self._process == os.getpid() and resident_bytes() - self._resident > WORN_BYTES
 
     def _bound_memory(self) -> None:
         """Load the vocabulary again when what the library remembers of the text, without end, has become large."""
@@ -159,8 +167,8 @@ def fast_encoder(tokenizer: Tokenizer, sample: Sequence[str]) -> FastEncoder | s
 
 def from_hugging_face(tokenizer: Any, reference: ReferenceEncoder) -> tuple[FastEncoder, list[str]]:
     """The encoder and the added tokens. ``ValueError`` for a vocabulary that is not of a tested kind."""
-    state = json.loads(tokenizer.backend_text())
-    if reason := untested(state):
+    steps = tokenizer.steps()
+    if reason := untested(steps):
         raise ValueError(reason)
     if tokenizer.adds_tokens():
         raise ValueError("the tokenizer adds tokens to every text")
@@ -168,7 +176,7 @@ def from_hugging_face(tokenizer: Any, reference: ReferenceEncoder) -> tuple[Fast
 
     text = tokenizer.backend_text()
     encoder = FastEncoder(lambda: loaded(lambda: gigatoken.Tokenizer.from_json(text).backend), reference, None)
-    return encoder, [token["content"] for token in state["added_tokens"]]
+    return encoder, [token["content"] for token in steps["added_tokens"]]
 
 
 def from_ranks(tokenizer: TikTokenizer, reference: ReferenceEncoder) -> tuple[FastEncoder, list[str]]:
@@ -197,7 +205,7 @@ def loaded(load: Callable[[], Any]) -> Any:
 
 
 def untested(state: dict[str, Any]) -> str | None:
-    """Why a ``tokenizer.json`` is not of a kind whose ids are known to be equal, or None when it is."""
+    """Why the steps of a ``tokenizer.json`` are not of a kind whose ids are known to be equal, or None if they are."""
     model = state["model"]
     plain = not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
     if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("unk_token") or not plain:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_steel.text.tokenizer import Tokenizer, copy_file, digest
+from megatron_steel.text.tokenizer import TIKTOKEN_PATTERN, Tokenizer, copy_file, digest
 
 # Classes and configuration keys for which AutoTokenizer takes tokenizer.json unchanged.
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -25,7 +25,16 @@ NEUTRAL_KEYS = frozenset(
     "tokenizer_class backend is_local local_files_only model_max_length padding_side truncation_side bos_token "
     "eos_token pad_token unk_token chat_template clean_up_tokenization_spaces added_tokens_decoder".split()
 )
+# Of Qwen 2, 2.5 and 3 it takes the vocabulary, the merges and the added tokens, and puts its own steps around them.
+QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+QWEN2_KEYS = NEUTRAL_KEYS | {"additional_special_tokens", "errors"}
+QWEN2_OFF = ("add_bos_token", "add_prefix_space", "split_special_tokens")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+BPE_SETTINGS = (
+    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+    "ignore_merges",
+)  # fmt: skip
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 SAVED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,10 +67,10 @@ class HuggingFaceTokenizer(Tokenizer):
         # Lengths stored in tokenizer.json are for fixed-size model inputs; documents are encoded whole.
         self._backend.no_truncation()
         self._backend.no_padding()
-        ids = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1
+        self.vocab_size = largest_id(self._backend) + 1
         self.bos_id, self.eos_id, self.pad_id = (
-            ids.get(named[key]) if named.get(key) else None for key in ("bos_token", "eos_token", "pad_token")
+            self._backend.token_to_id(named[key]) if named.get(key) else None
+            for key in ("bos_token", "eos_token", "pad_token")
         )
 
     def encode(self, text: str) -> list[int]:
@@ -78,6 +87,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def backend_text(self) -> str:
         """The content of ``tokenizer.json`` as the library understood it."""
         return self._backend.to_str()
+
+    def steps(self) -> dict[str, Any]:
+        """``tokenizer.json`` as the library understood it, without pieces and merges: what is done with a text."""
+        return steps_of(self._backend) | {"added_tokens": list(token_flags(self._backend).values())}
 
     def adds_tokens(self) -> bool:
         """Whether :meth:`encode_documents` puts tokens of its own around a text."""
@@ -103,6 +116,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+    def quick_key(self) -> str:
+        files = [self._folder / name for name in (*SAVED_FILES, "config.json")]
+        return digest(*(path.name.encode() + path.read_bytes() for path in files if path.is_file()))
 
     @functools.cached_property
     def _fingerprint(self) -> str:
@@ -146,9 +163,13 @@ def load_direct(folder: Path, config: dict[str, Any]) -> tuple[Any, dict[str, st
     ``config.json`` and ``special_tokens_map.json`` also steer AutoTokenizer, so their presence rules it out.
     """
     steering = ("config.json", "special_tokens_map.json", "added_tokens.json")
-    generic = config.get("tokenizer_class") in GENERIC_CLASSES and set(config) <= NEUTRAL_KEYS
+    kind, keys = config.get("tokenizer_class"), set(config)
+    generic = kind in GENERIC_CLASSES and keys <= NEUTRAL_KEYS
+    off = {key for key in QWEN2_OFF if config.get(key) is False}
+    # Its class has defaults of its own for tokens that the configuration does not name.
+    qwen2 = kind in QWEN2_CLASSES and {"eos_token", "pad_token"} <= keys and keys - off <= QWEN2_KEYS
     path = folder / "tokenizer.json"
-    if not generic or not path.is_file() or any((folder / name).exists() for name in steering):
+    if not (generic or qwen2) or not path.is_file() or any((folder / name).exists() for name in steering):
         return None
     import tokenizers
 
@@ -157,11 +178,63 @@ def load_direct(folder: Path, config: dict[str, Any]) -> tuple[Any, dict[str, st
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: not a tokenizers file: {error}") from error
     named = {key: token_text(config[key]) for key in NAMED_TOKENS if config.get(key)}
+    declared = config.get("added_tokens_decoder", {})
+    special = [*named.values(), *map(token_text, config.get("additional_special_tokens") or ())]
+    if generic:
+        special += map(token_text, declared.values())
+    elif not is_qwen2(steps_of(backend)) or token_flags(backend) != declared:
+        return None
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    expected = [token_text(value) for value in config.get("added_tokens_decoder", {}).values()] + list(named.values())
-    if any(text not in added or not added[text].special for text in expected):
+    if any(text not in added or not added[text].special for text in special):
         return None
     return backend, named
+
+
+def is_qwen2(state: dict[str, Any]) -> bool:
+    """Whether the steps of a ``tokenizer.json`` are those that transformers' Qwen2Tokenizer builds."""
+    split = {"type": "Split", "pattern": {"Regex": TIKTOKEN_PATTERN}, "behavior": "Isolated", "invert": False}
+    around = (state["pre_tokenizer"] or {}).get("pretokenizers", [])
+    return (
+        state["normalizer"] == {"type": "NFC"}
+        and len(around) == 2
+        and around[0] == split
+        and all(
+            (step or {}).get("type") == "ByteLevel" for step in (around[1], state["decoder"], state["post_processor"])
+        )
+        and not around[1].get("add_prefix_space", True)
+        and not around[1].get("use_regex", True)
+        and without_defaults(state["model"]) == {"type": "BPE"}
+    )
+
+
+def steps_of(backend: Any) -> dict[str, Any]:
+    """What a backend's ``tokenizer.json`` says about everything but pieces, merges and added tokens."""
+    state: dict[str, Any] = {
+        name: None if (step := getattr(backend, name)) is None else json.loads(step.__getstate__())
+        for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    }
+    model = backend.model
+    state["model"] = {"type": type(model).__name__}
+    if state["model"]["type"] == "BPE":
+        state["model"] |= {name: getattr(model, name) for name in BPE_SETTINGS}
+    return state
+
+
+def token_flags(backend: Any) -> dict[str, dict[str, Any]]:
+    """The added tokens as ``added_tokens_decoder`` in a configuration declares them."""
+    tokens = backend.get_added_tokens_decoder().items()
+    return {
+        str(index): {"content": token.content} | {flag: getattr(token, flag) for flag in TOKEN_FLAGS}
+        for index, token in tokens
+    }
+
+
+def largest_id(backend: Any) -> int:
+    """The largest id of a vocabulary and its added tokens."""
+    count = backend.get_vocab_size(with_added_tokens=True)
+    if all(backend.id_to_token(index) is not None for index in range(count)):
+        return count - 1  # as many ids as there are below it: no need to hold all pieces
+    return max(backend.get_vocab(with_added_tokens=True).values())
 
 
 def load_auto(folder: Path) -> tuple[Any, dict[str, str]]:

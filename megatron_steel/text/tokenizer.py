@@ -76,6 +76,10 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """sha256 hex of what decides ids; the same for a copy anywhere."""
 
+    def quick_key(self) -> str:
+        """Something that changes whenever :meth:`fingerprint` does, and perhaps more often; quick to find."""
+        return self.fingerprint()
+
     @abstractmethod
     def save_files(self, directory: Path) -> None:
         """Write the files :func:`build_tokenizer` needs into an existing directory."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_steel.text import huggingface
-from megatron_steel.text.tokenizer import build_tokenizer
+from megatron_steel.text.tokenizer import TIKTOKEN_PATTERN, build_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 TYPED = ["<|im_start|>user\nhi<|im_end|>\n<|endoftext|>", " <|im_end|> x", "<s>y</s>", "", " ", "e\u0301"]
@@ -83,6 +83,61 @@ def test_the_bundled_tokenizer_is_the_same_beside_an_exported_model(model_type: 
     bundled = build_tokenizer("HuggingFaceTokenizer", str(DATA / "tokenizer"))
     assert exported.describe() == bundled.describe()
     assert exported.encode_documents(texts()) == bundled.encode_documents(texts())
+
+
+def declared(**changes: Any) -> dict[str, Any]:
+    """``added_tokens_decoder`` of the bundled tokenizer, with changes to its second token."""
+    state = json.loads((DATA / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in state["added_tokens"]}
+    tokens["1"] |= changes
+    return tokens
+
+
+def qwen2(**changes: Any) -> dict[str, Any]:
+    """A configuration as Qwen 2 and 2.5 publish it."""
+    off = dict.fromkeys(huggingface.QWEN2_OFF, False)
+    more = {"additional_special_tokens": ["<|im_start|>"], "errors": "replace", "unk_token": None, "bos_token": None}
+    return {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": declared()} | off | more | changes
+
+
+def steps(**changes: Any) -> dict[str, Any]:
+    """Qwen 2's steps in a tokenizer.json, with changes."""
+    split = {"type": "Split", "pattern": {"Regex": TIKTOKEN_PATTERN}, "behavior": "Isolated", "invert": False}
+    alphabet = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    before = {"type": "Sequence", "pretokenizers": [split, alphabet]}
+    return {"normalizer": {"type": "NFC"}, "pre_tokenizer": before, "decoder": alphabet} | changes
+
+
+GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "state", "direct"),
+    [
+        (qwen2(), steps(), True),
+        (qwen2(tokenizer_class="Qwen2TokenizerFast"), steps(), True),
+        (qwen2(), steps(post_processor=None), False),
+        (qwen2(add_prefix_space=True), steps(), False),
+        (qwen2(add_bos_token=True), steps(), False),
+        (qwen2(), steps(normalizer=None), False),
+        (qwen2(), steps(pre_tokenizer=GPT2), False),
+        (qwen2(), steps(post_processor=add_bos("<|im_start|>", 1)), False),
+        (qwen2(added_tokens_decoder=declared(lstrip=True)), steps(), False),
+        (qwen2(added_tokens_decoder={}), steps(), False),
+        (qwen2(additional_special_tokens=["<|new|>"]), steps(), False),
+    ],
+    ids=["qwen2", "fast", "no-post", "prefix", "bos", "normalizer", "split", "post", "flags", "undeclared", "new"],
+)
+def test_a_qwen2_folder_is_read_directly_only_where_that_is_the_same(
+    config: dict[str, Any], state: dict[str, Any], direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path, config, state)
+    assert (huggingface.load_direct(path, huggingface.read_config(path)) is not None) == direct
+    ours = build_tokenizer("HuggingFaceTokenizer", str(path))
+    monkeypatch.setattr(huggingface, "load_direct", lambda *_: None)
+    library = build_tokenizer("HuggingFaceTokenizer", str(path))
+    assert ours.describe() == library.describe()
+    assert ours.encode_documents(texts()) == library.encode_documents(texts())
 
 
 def test_documents_are_never_cut_or_padded(tmp_path: Path) -> None:

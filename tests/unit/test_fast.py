@@ -169,6 +169,16 @@ def test_what_the_library_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert encoder._backend is not backend
 
 
+def test_a_process_that_has_grown_is_worn(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = fast_encoder(HuggingFaceTokenizer(DATA / "tokenizer"), [])
+    assert isinstance(encoder, FastEncoder)
+    encoder.encode(["some text"])
+    assert not encoder.worn()
+    monkeypatch.setattr(fast, "WORN_BYTES", -(1 << 40))
+    assert encoder.worn()
+    assert not ReferenceEncoder(encoder._reference.tokenizer).worn()
+
+
 def test_about_one_text_in_two_hundred_is_checked_and_long_ones_in_part() -> None:
     share = sum(fast.is_checked(f"document {index} says something") for index in range(40_000)) / 40_000
     assert share == pytest.approx(1 / fast.CHECK_SHARE, rel=0.2)

@@ -20,7 +20,7 @@ from megatron_steel.data.pieces import Block
 from megatron_steel.data.preprocess import preprocess
 from megatron_steel.data.preprocess_options import PreprocessOptions, rejection_limit
 from megatron_steel.data.progress import TaskProgress
-from megatron_steel.data.workers import run_work
+from megatron_steel.data.workers import Aside, run_work
 from megatron_steel.text import fast
 from megatron_steel.text.fast import FastEncoder, ReferenceEncoder, fast_encoder
 from megatron_steel.text.tokenizer import build_tokenizer
@@ -265,6 +265,28 @@ def test_work_gives_every_result_and_its_progress(workers: int) -> None:
 def test_work_that_fails_or_dies_ends_it(item: int, error: type[Exception]) -> None:
     with pytest.raises(error):
         list(run_work(double, [1, item, 2, 3], 2, lambda *_: None))
+
+
+def whoami(item: int, _: Any) -> int:
+    """Work that tells who does it."""
+    return os.getpid()
+
+
+def test_a_worn_worker_makes_way_for_a_fresh_one() -> None:
+    fresh = dict(run_work(whoami, range(8), 2, lambda *_: None, lambda: True))
+    assert sorted(fresh) == list(range(8)) and len(set(fresh.values())) == 8
+    kept = dict(run_work(whoami, range(8), 2, lambda *_: None))
+    assert sorted(kept) == list(range(8)) and len(set(kept.values())) <= 2
+    assert not {os.getpid()} & (set(fresh.values()) | set(kept.values()))
+
+
+def test_a_call_aside_runs_elsewhere_and_its_end_is_noticed() -> None:
+    with Aside(os.getpid) as there:
+        assert there.result != os.getpid() and there.result == there.result
+    with Aside(lambda: os._exit(3)) as dying, pytest.raises(RuntimeError, match="died"):
+        print(dying.result)
+    with Aside(lambda: time.sleep(60)):
+        pass  # leaving does not wait for it
 
 
 def test_progress_counts_running_and_skipped_tasks(
