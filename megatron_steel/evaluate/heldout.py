@@ -58,6 +58,13 @@ class HeldOutResult:
         }
 
 
+def combine(results: Sequence[HeldOutResult]) -> HeldOutResult:
+    """The scores of all sets as one: every scored token counts the same, whichever set it is from."""
+    tokens = sum(result.tokens for result in results)
+    loss = math.fsum(result.loss * result.tokens for result in results) / max(tokens, 1)
+    return HeldOutResult(loss=loss, tokens=tokens, bytes=sum(result.bytes for result in results))
+
+
 def byte_count(batches: Iterable[Batch], byte_lengths: Tensor) -> int:
     """UTF-8 bytes of the labels that count."""
     return sum(int((byte_lengths[b.labels_BS] * b.loss_mask_BS).sum().item()) for b in batches)

@@ -16,7 +16,7 @@ from megatron_steel.checkpoint import store
 from megatron_steel.checkpoint.state import TrainState
 from megatron_steel.config.schema import Config
 from megatron_steel.data.loader import TrainLoader, ValidLoader
-from megatron_steel.evaluate.heldout import evaluate
+from megatron_steel.evaluate.heldout import HeldOutResult, combine, evaluate
 from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks
 from megatron_steel.metrics.throughput import Throughput
@@ -129,14 +129,18 @@ def report(session: Session) -> None:
 
 
 def evaluate_all(session: Session) -> None:
-    """Score every validation set and write one row for each."""
+    """Score every validation set and write one row for each; of several sets also one without a name for all."""
+    head = {"iteration": session.state.iteration, "split": "valid"}
+    results: list[HeldOutResult] = []
     with session.throughput.pause():
         for name, loader in session.valid_loaders.items():
             scores = evaluate(
                 session.model, loader, session.byte_lengths, session.config.training.seq_length, session.world
             )
-            head = {"iteration": session.state.iteration, "split": "valid", "name": name}
-            session.sinks.write({**head, **scores.as_row()})
+            session.sinks.write({**head, "name": name, **scores.as_row()})
+            results.append(scores)
+        if len(results) > 1:
+            session.sinks.write({**head, **combine(results).as_row()})
 
 
 def save(session: Session) -> None:

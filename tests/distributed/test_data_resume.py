@@ -193,13 +193,19 @@ def test_rows_and_state_say_what_was_read_from_each_source(prefixes: list[str], 
         assert list(by_source) == ["zh", "en", "code"] == list(row["epochs_by_source"])
         assert sum(by_source.values()) == row["consumed_tokens"] == iteration * GLOBAL_BATCH * 32
     valid = [row for row in read_metrics(tmp_path / "run" / METRICS_FILE) if row.get("split") == "valid"]
-    assert [(row["iteration"], row["name"]) for row in valid] == [(i, n) for i in (2, 4) for n in ("zh", "en", "code")]
+    sets = ("zh", "en", "code", None)
+    assert [(row["iteration"], row.get("name")) for row in valid] == [(i, n) for i in (2, 4) for n in sets]
+    for each, together in ((valid[:3], valid[3]), (valid[4:7], valid[7])):
+        tokens = [row["tokens"] for row in each]
+        assert together["tokens"] == sum(tokens)
+        assert together["loss"] == pytest.approx(np.average([row["loss"] for row in each], weights=tokens), rel=1e-12)
     assert all(np.isfinite(row["loss"]) and row["tokens"] > 0 for row in valid)
     out = (tmp_path / "logs" / "out0").read_text()
     shares = [float(share) for share in re.findall(r"^data: \w+: share ([\d.]+)", out, re.MULTILINE)]
     assert len(shares) == 3 and min(shares) > 0 and sum(shares) == pytest.approx(1, abs=2e-4)
     assert "data from sample 24 on: code 1.0000" in out
     assert all(f"validation-{name} loss at iteration 4" in out for name in ("zh", "en", "code"))
+    assert out.count(" validation loss at iteration 4 ") == 1
     assert out.index("data: code: share") < out.index("iteration        2/")
     state = json.loads((tmp_path / "run" / "iter_0000004" / "state.json").read_text())
     assert state["consumed_tokens_by_source"] == rows[4]["consumed_tokens_by_source"]
