@@ -142,6 +142,23 @@ class LanguageShare(Range):
 
 
 @dataclass(frozen=True)
+class Field:
+    """Keep documents whose record has one of ``values`` under ``key``; a dot leads into a record inside (meta.lang)."""
+
+    key: str
+    values: tuple[str, ...]
+
+    def apply(self, text: Text) -> Result:
+        """Compare as text, so that 3 is "3"; a record without the field is dropped."""
+        value: Any = text.row
+        for name in self.key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is None:
+            return Outcome({"value": None})
+        return None if str(value) in self.values else Outcome({"value": str(value)[:80]})
+
+
+@dataclass(frozen=True)
 class Nfkc:
     """Unicode NFKC. It also turns Chinese punctuation into ASCII, which is why the example leaves it out."""
 

@@ -40,6 +40,7 @@ FILTERS: dict[str, type] = {
     "character_repetition": filters.CharacterRepetition,
     "word_repetition": filters.WordRepetition,
     "language_share": filters.LanguageShare,
+    "field": filters.Field,
     "nfkc": filters.Nfkc,
     "whitespace": filters.Whitespace,
     "control_characters": filters.ControlCharacters,

@@ -137,7 +137,7 @@ class Apply(PipelineStep):
 
     def _passes(self, document: Document, steps: list[StepCounts]) -> bool:
         """Send one document through the filters; whether it remains, with its new text."""
-        text = Text(document.text)
+        text = Text(document.text, document.metadata["row"])
         for counts, (_, step) in zip(steps, self.settings.filters, strict=True):
             start = time.perf_counter()
             counts.characters_in += len(text.text)
@@ -149,7 +149,7 @@ class Apply(PipelineStep):
                 self._note(counts, kind, document, {**result.detail, "text": shorten(text.text)})
             elif result is not None:
                 self._note(counts, "changed", document, difference(text.text, result))
-                text = Text(result)
+                text = Text(result, text.row)
             counts.seconds += time.perf_counter() - start
             if isinstance(result, Outcome) and result.dropped:
                 counts.dropped += 1

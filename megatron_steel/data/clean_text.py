@@ -85,10 +85,13 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 class Text:
-    """One text and what is measured of it, each computed once and only when a filter asks."""
+    """One text and what is measured of it, each computed once and only when a filter asks.
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    ``row`` is the record it is from, for the filters that look at its fields.
+    """
+
+    def __init__(self, text: str, row: object = None) -> None:
+        self.text, self.row = text, row
 
     @cached_property
     def codes(self) -> np.ndarray:

@@ -86,6 +86,18 @@ def test_100_lines_of_16_make_7_files_and_none_is_lost(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out", "out.yaml"]
 
 
+def test_documents_are_chosen_by_a_field_also_after_a_change(tmp_path: Path) -> None:
+    """Row D9: langdetect == zh-cn; the record is there for a filter behind one that changed the text."""
+    rows = [{"text": f"a\u3000{i}", "lang": ("zh-cn", "en", "ko")[i % 3], "id": i} for i in range(9)]
+    rows.insert(1, {"text": "a  9"})
+    config = "filters: [whitespace, field: {key: lang, values: [zh-cn, ko]}]"
+    report = run(tmp_path, config, [write(tmp_path / "in.jsonl", rows)])
+    assert texts(tmp_path / "out") == [f"a {i}" for i in (0, 2, 3, 5, 6, 8)]
+    assert_sums(report)
+    dropped = {example["value"] for example in report["steps"][1]["examples"]["dropped"]}
+    assert dropped == {"en", None}
+
+
 def test_duplicates_are_found_in_both_languages_and_others_stay(tmp_path: Path) -> None:
     generator = random.Random(7)
     long_en, long_zh = english(generator, 300), chinese(generator, 400)

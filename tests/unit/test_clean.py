@@ -116,6 +116,31 @@ def test_measures_keep_and_drop(item: dict[str, Any], kept: str, dropped: str, v
     assert isinstance(got, dict) and got["value"] == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("row", "value"),
+    [
+        ({"lang": "zh-cn", "meta": {"level": 3}}, None),
+        ({"lang": "zh", "meta": {"level": 3}}, None),
+        ({"lang": "ko", "meta": {"level": 3}}, "ko"),
+        ({"lang": "zh-cn", "meta": {"level": 4}}, "4"),
+        ({"lang": "zh-cn", "meta": "level 3"}, "absent"),
+        ({"text": ZH}, "absent"),
+        (ZH, "absent"),
+    ],
+)
+def test_fields_of_the_record_decide(row: Any, value: str | None) -> None:
+    filters = [
+        parse_filter({"field": options}, "test")[1]
+        for options in (
+            {"key": "lang", "values": ["zh", "zh-cn"]},
+            {"key": "meta.level", "values": "3"},
+        )
+    ]
+    results = [one.apply(Text(ZH, row)) for one in filters]
+    dropped = [result.detail["value"] for result in results if isinstance(result, Outcome)]
+    assert dropped[:1] == ([] if value is None else [None if value == "absent" else value])
+
+
 # Filter, a text it leaves alone, a text it changes, and into what.
 NORMALISERS: list[tuple[Any, str, str, str]] = [
     ("nfkc", EN, "你好，世界！①ﬁ", "你好,世界!1fi"),
@@ -150,7 +175,7 @@ def test_normalisers_keep_and_change(item: Any, kept: str, before: str, after: s
 
 def test_every_filter_has_its_case() -> None:
     names = {next(iter(item)) if isinstance(item, dict) else item for item, *_ in [*MEASURES, *NORMALISERS]}
-    assert names | {"contamination"} == set(FILTERS)
+    assert names | {"contamination", "field"} == set(FILTERS)
 
 
 @pytest.mark.parametrize("text", ["." * 200_000, "!?" * 100_000, "a@" * 100_000, "1." * 100_000, ":" * 200_000])
