@@ -103,7 +103,7 @@ class DataConfig:
     """What is trained on, and in which order."""
 
     data_path: list[str] = field(default_factory=list)
-    """Indexed datasets: PREFIX or patterns of them, weighted by their tokens, or WEIGHT PREFIX pairs."""
+    """Indexed datasets: PREFIX or patterns, weighted by their tokens, or WEIGHT PREFIX pairs; PREFIX:max_tokens=2e9."""
     split: str = "969,30,1"
     """Shares of the documents of each data_path for training, validation and test."""
     train_data_path: list[str] = field(default_factory=list)

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from megatron_steel.config.schema import SequenceMode
 from megatron_steel.data.document_windows import open_windows
 from megatron_steel.data.indexed import IndexedReader, IndexedWriter
-from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader, valid_tokens
+from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader, ValidLoader, valid_tokens
 from megatron_steel.data.order import Ledger, SourceSpec
 from megatron_steel.data.windows import Limit, WindowedDataset
 
 MODES: tuple[SequenceMode, ...] = ("split", "truncate", "sample")
-EOD = 0
 
 
 def write(prefix: Path, lengths: list[int], dtype: type = np.int32) -> str:
@@ -163,6 +162,30 @@ def test_padding_has_no_loss_and_every_rank_counts_the_same(tmp_path: Path, eod_
             # A stage in the middle of a pipeline has no tensors, and the same counts.
             assert [batch.valid_tokens for batch in middle.step(first)] == counts
             assert valid_tokens(batches) == sum(counts)
+
+
+@pytest.mark.parametrize("eod_mask_loss", [False, True])
+def test_validation_of_joined_documents_is_the_same_in_every_mode(tmp_path: Path, eod_mask_loss: bool) -> None:
+    """Its builder is that of the training data; the last step has samples that are not there."""
+    dataset = WindowedDataset(write(tmp_path / "v", [9, 17, 3, 8, 2, 30]), 8, shuffle_documents=False)
+    layout = BatchLayout(micro_batch_size=2, num_microbatches=3, data_parallel_rank=0, data_parallel_size=1)
+    steps = []
+    for padded in (False, True):
+        builder = BatchBuilder(
+            seq_length=8,
+            tensor_group=None,
+            reads_data=True,
+            device=torch.device("cpu"),
+            eod_id=9,
+            eod_mask_loss=eod_mask_loss,
+            padded=padded,
+        )
+        steps.append([batch for batches in ValidLoader(dataset, layout, builder, None) for batch in batches])
+    assert len(steps[0]) == len(steps[1]) == 6 and len(dataset) % 6
+    for plain, padded_one in zip(*steps, strict=True):
+        for name in ("tokens_BS", "labels_BS", "loss_mask_BS"):
+            assert torch.equal(getattr(plain, name), getattr(padded_one, name)), name
+        assert plain.valid_tokens == padded_one.valid_tokens == int(plain.loss_mask_BS.sum())
 
 
 def test_only_a_padded_loader_takes_short_windows(tmp_path: Path) -> None:
