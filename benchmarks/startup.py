@@ -6,13 +6,15 @@
 Documents of random lengths are written once (the token files are sparse: their size is right, their blocks are not
 allocated). Every timed run is a fresh process that has its imports behind it: open all data, build what the order
 needs, read one global batch of 16 samples. The order is one epoch of all data, without weights. megatron-core is timed
-cold (no index cache) and warm (its cache is there), with its defaults; ours has no cache, so cold and warm are the same
-run. Rounds alternate the sides. The gate before it: both find the same number of windows in every prefix.
+cold (no index cache) and warm (its cache is there), with its defaults; ours without a cache, with an empty one, and
+with that of an earlier process. Rounds alternate the sides. The gate: both sides find the same number of windows in
+every prefix, and our batch is the same with and without a cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -55,8 +57,8 @@ def write_data(folder: Path, documents: int, prefixes: int) -> list[str]:
     return names
 
 
-def ours(prefixes: list[str]) -> tuple[float, list[int]]:
-    """Seconds to the first batch, and the windows of each prefix."""
+def ours(prefixes: list[str], cache: str | None) -> tuple[float, list[int], str]:
+    """Seconds to the first batch, the windows of each prefix, and the sha256 of what the batch is read from."""
     import megatron.core.datasets.helpers_cpp  # noqa: F401  (a run has it loaded by then)
     import torch
 
@@ -73,6 +75,7 @@ def ours(prefixes: list[str]) -> tuple[float, list[int]]:
         seq_length=SEQ_LENGTH,
         seed=SEED,
         tokenizer=TokenizerFacts("f" * 64, 65_000),
+        cache_path=cache,
     )
     ledger, _ = arrange(Request(data.train, data.weighting, [], SEED, SEQ_LENGTH), None, 0, append=False)
     layout = BatchLayout(micro_batch_size=BATCH, num_microbatches=1, data_parallel_rank=0, data_parallel_size=1)
@@ -84,7 +87,13 @@ def ours(prefixes: list[str]) -> tuple[float, list[int]]:
     seconds = time.perf_counter() - began
     assert batch.tokens_BS.shape == (BATCH, SEQ_LENGTH)
     loader.close()
-    return seconds, [spec.windows for spec in data.train]
+    # All tokens are zeros here: compared is which documents they come from, and where windows begin in them.
+    digest = hashlib.sha256()
+    for source, _, window in zip(*ledger.samples(0, BATCH), strict=True):
+        documents, starts = data.datasets[ledger.sources[source].fingerprint].prepare()
+        bounds = starts[window : window + 2].astype(np.int64)
+        digest.update(bounds.tobytes() + documents[bounds[0, 0] : bounds[1, 0] + 1].astype(np.int64).tobytes())
+    return seconds, [spec.windows for spec in data.train], digest.hexdigest()
 
 
 class IdsOnly:
@@ -93,7 +102,7 @@ class IdsOnly:
     eod, pad, vocab_size, unique_identifiers = 0, 1, 65_000, {"class": "IdsOnly"}
 
 
-def theirs(prefixes: list[str], cache: str, samples: int) -> tuple[float, list[int]]:
+def theirs(prefixes: list[str], cache: str, samples: int) -> tuple[float, list[int], str]:
     """Seconds of megatron-core's builder to the first batch, and the windows of each prefix."""
     import torch
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -118,12 +127,14 @@ def theirs(prefixes: list[str], cache: str, samples: int) -> tuple[float, list[i
     batch = [train[i]["tokens"] for i in range(BATCH)]
     seconds = time.perf_counter() - began
     assert len(batch) == BATCH and batch[0].shape == (SEQ_LENGTH,)
-    return seconds, [int((dataset.dataset.sequence_lengths.sum() - 1) // SEQ_LENGTH) for dataset in train.datasets]
+    windows = [int((dataset.dataset.sequence_lengths.sum() - 1) // SEQ_LENGTH) for dataset in train.datasets]
+    return seconds, windows, ""
 
 
-def timed(side: str, prefixes: list[str], cache: Path, samples: int) -> tuple[float, list[int]]:
+def timed(side: str, prefixes: list[str], cache: Path | None, samples: int) -> tuple[float, list[int], str]:
     """Run one side in a fresh process."""
-    command = [sys.executable, __file__, "--side", side, "--cache", str(cache), "--samples", str(samples)]
+    command = [sys.executable, __file__, "--side", side, "--samples", str(samples)]
+    command += ["--cache", str(cache)] if cache else []
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": root}
     result = subprocess.run(
@@ -131,21 +142,26 @@ def timed(side: str, prefixes: list[str], cache: Path, samples: int) -> tuple[fl
     )
     if result.returncode:
         raise SystemExit(f"{side} failed:\n{result.stderr[-3000:]}")
-    seconds, windows = json.loads(result.stdout.splitlines()[-1])
-    return seconds, windows
+    seconds, windows, digest = json.loads(result.stdout.splitlines()[-1])
+    return seconds, windows, digest
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Gate, then rounds of both sides; returns what goes into the record."""
-    seconds: dict[str, list[float]] = {"ours": [], "theirs cold": [], "theirs warm": []}
+    labels = ("ours", "theirs cold", "theirs warm", "ours cold", "ours warm")
+    seconds: dict[str, list[float]] = {label: [] for label in labels}
     gate: list[int] = []
+    batches: dict[str, str] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, cache = Path(name), Path(name) / "cache"
         prefixes = write_data(folder, options.documents, options.prefixes)
         for _ in range(options.rounds):
             shutil.rmtree(cache, ignore_errors=True)
-            for label in ("ours", "theirs cold", "theirs warm", "ours"):
-                taken, windows = timed(label.split()[0], prefixes, cache, sum(gate))
+            for label in (*labels, "ours warm"):
+                side, _, temperature = label.partition(" ")
+                taken, windows, digest = timed(side, prefixes, cache / side if temperature else None, sum(gate))
+                if side == "ours" and batches.setdefault(side, digest) != digest:
+                    raise SystemExit("the cache changes the first batch; nothing is compared")
                 seconds[label].append(taken)
                 gate = gate or windows
                 if windows != gate:
@@ -158,7 +174,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "medians": medians,
         "ours / theirs cold": medians["ours"] / medians["theirs cold"],
-        "ours / theirs warm": medians["ours"] / medians["theirs warm"],
+        "ours warm / theirs warm": medians["ours warm"] / medians["theirs warm"],
     }
 
 
@@ -177,7 +193,11 @@ def main() -> None:
     if options.side:
         prefixes = sys.stdin.read().split("\n")
         print(
-            json.dumps(ours(prefixes) if options.side == "ours" else theirs(prefixes, options.cache, options.samples))
+            json.dumps(
+                ours(prefixes, options.cache)
+                if options.side == "ours"
+                else theirs(prefixes, options.cache, options.samples)
+            )
         )
         return
     result = compare(options)

@@ -45,7 +45,6 @@ KNOWN_FLAGS: dict[str, str] = {
     "tensorboard-queue-size": "events are flushed at every log line; remove the flag",
     "num-workers": "one background thread reads ahead on each rank that needs data; remove the flag",
     "dataloader-type": "the data ledger decides the order; remove the flag",
-    "data-cache-path": "the order needs no cache; remove the flag",
     "mock-data": "give --data-path; examples/data has a small corpus",
     "data-args-path": "put data_path into a YAML file for --config",
     "per-split-data-args-path": "use --train-data-path and --valid-data-path",

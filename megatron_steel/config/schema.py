@@ -118,6 +118,8 @@ class DataConfig:
     """On resume, accept other sources, weights or future phases: a new segment opens over all unused windows."""
     data_fingerprint: DataFingerprint = "fast"
     """How data files are told apart: size, ends and the recorded hash (fast), or every byte, read at start (full)."""
+    data_cache_path: str | None = None
+    """Folder where a start leaves what it found in the data files, for the next one; None: nothing is kept."""
     max_epochs_per_source: float = 4.0
     """Refuse a run that would repeat a source more often than this."""
     sequence_mode: SequenceMode = "concat"

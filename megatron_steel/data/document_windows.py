@@ -24,7 +24,7 @@ class SplitDocuments(WindowedDataset):
 
     def describe(self) -> str:
         """Return for the log how documents are cut, how much of the windows is padding, and which part is used."""
-        padding = 1 - self._labels / (self.all_windows * self.seq_length)
+        padding = 1 - self.num_labels / (self.all_windows * self.seq_length)
         text = f"({self.sequence_mode}, {padding:.1%} padding, {self.dropped_tokens:,} tokens left out)"
         part = super().describe()
         return f"{part} {text}" if part else text
@@ -50,17 +50,17 @@ class SplitDocuments(WindowedDataset):
         """Labels of documents of these lengths, int64."""
         return np.maximum(lengths.astype(np.int64) - 1, 0)
 
-    def _count_windows(self) -> tuple[int, int]:
-        """Windows in the range, and tokens that are in none of them; raises ValueError if there is no window."""
+    def _count_windows(self) -> tuple[int, int, int]:
+        """Windows in the range, tokens in none of them, labels in them; raises ValueError if there is no window."""
         lengths = self._document_lengths()
         windows = int(self._windows_of(lengths).sum())
         if not windows:
             first, last = self._range
             raise ValueError(f"{self.prefix}: no document of [{first}, {last}) has two tokens; add documents")
         labels = self._labels_of(lengths)
-        self._labels = int(labels.sum())
+        total = int(labels.sum())
         # A document with labels has one token more than labels.
-        return windows, self.num_tokens - self._labels - int((labels > 0).sum())
+        return windows, self.num_tokens - total - int((labels > 0).sum()), total
 
     def _make_index(self) -> tuple[np.ndarray, np.ndarray]:
         """Documents in their order, and the number of windows up to the end of each, both int64 (documents,)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_steel.data.duplicates import hash_file
-from megatron_steel.data.indexed import IndexedReader, read_sidecar
+from megatron_steel.data.indexed import IndexedReader
 from megatron_steel.data.windows import WindowedDataset
 
 SIDECAR_FIELD = "bin_sha256"
@@ -56,7 +56,7 @@ def known_hash(reader: IndexedReader, read_all: bool, verify: bool) -> str | Non
 
     verify: read the file even if the sidecar has the hash. Raises ValueError if they differ.
     """
-    recorded = (read_sidecar(reader.prefix) or {}).get(SIDECAR_FIELD)
+    recorded = (reader.sidecar or {}).get(SIDECAR_FIELD)
     if recorded is not None and not (read_all and verify):
         return str(recorded)
     if not read_all:

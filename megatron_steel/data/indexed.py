@@ -12,11 +12,14 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from megatron_steel.data.opened import Opened, mapped, stamp_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -56,23 +59,81 @@ class IndexedReader:
 
     ``sequence_lengths`` int32 (sequences,), ``document_indices`` int64 (documents + 1,). Raises ``ValueError`` naming
     the file for anything missing, foreign, inconsistent or cut short.
+
+    opened: what an earlier opening of the very same files found (the caller has compared the stamps). They are then
+    not looked at before something of them is needed.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, opened: Opened | None = None) -> None:
         self.prefix = str(prefix)
-        self.bin_path, self.idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+        self._vouched = opened
+        self.counts: dict[str, list[int]] = {} if opened is None else opened.counts
+        if opened is not None:
+            self.stamp = opened.stamp
+            self.dtype, self.num_tokens = np.dtype(opened.dtype), opened.num_tokens
+            self.num_documents = opened.num_documents
+            return
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; {self.prefix} must be the prefix of a .bin and an .idx file")
-        self._read_index()
+        # Before anything is read: a file that is replaced in between must not be vouched for.
+        self.stamp = stamp_of(self.prefix)
         self._check_documents()
         self._check_pointers()
         self.num_tokens = self._check_data_size()
         self.num_documents = len(self.document_indices) - 1
-        self._tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype)
 
-    def _read_index(self) -> None:
-        """Map the index and take its arrays, after the header and the file's size agree."""
+    def opened(self) -> Opened:
+        """What this opening found, for a later one."""
+        if self._vouched is not None:
+            return self._vouched
+        known = (self.dtype.name, self.num_tokens, len(self), self.num_documents, self.fingerprint(), self.sidecar)
+        return Opened(self.stamp, *known, self.counts)
+
+    def count(self, name: str, make: Callable[[], Sequence[int]]) -> list[int]:
+        """Return make(): numbers that follow from the index and `name` alone, remembered with the file."""
+        if name not in self.counts:
+            self.counts[name] = list(make())
+        return self.counts[name]
+
+    @cached_property
+    def sidecar(self) -> dict[str, Any] | None:
+        """``PREFIX.json``; see :func:`read_sidecar`."""
+        return read_sidecar(self.prefix) if self._vouched is None else self._vouched.sidecar
+
+    @cached_property
+    def bin_path(self) -> Path:
+        """The file of the ids."""
+        return Path(f"{self.prefix}.bin")
+
+    @cached_property
+    def idx_path(self) -> Path:
+        """The file of the index."""
+        return Path(f"{self.prefix}.idx")
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        """The ids of the file, mapped when the first of them is read."""
+        return np.frombuffer(mapped(self.bin_path, self.stamp[3:6]), dtype=self.dtype)
+
+    @cached_property
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int32 (sequences,)."""
+        return self._index[0]
+
+    @cached_property
+    def sequence_pointers(self) -> np.ndarray:
+        """Bytes before each sequence, int64 (sequences,)."""
+        return self._index[1]
+
+    @cached_property
+    def document_indices(self) -> np.ndarray:
+        """First sequence of each document, and the number of sequences, int64 (documents + 1,)."""
+        return self._index[2]
+
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The three arrays of the index, mapped after the header and the file's size agree."""
         path, size = self.idx_path, self.idx_path.stat().st_size
         with open(path, "rb") as stream:
             head = stream.read(HEADER.size)
@@ -94,11 +155,13 @@ class IndexedReader:
         if sequences == 0:
             raise ValueError(f"{path}: holds no sequences")
         self.dtype = TOKEN_DTYPES[code]
-        raw = np.memmap(path, mode="r", dtype=np.uint8)
+        raw = mapped(path, self.stamp[:3])
         pointers, documents = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
-        self.sequence_lengths = np.frombuffer(raw, np.int32, sequences, HEADER.size)
-        self.sequence_pointers = np.frombuffer(raw, np.int64, sequences, pointers)
-        self.document_indices = np.frombuffer(raw, np.int64, boundaries, documents)
+        return (
+            np.frombuffer(raw, np.int32, sequences, HEADER.size),
+            np.frombuffer(raw, np.int64, sequences, pointers),
+            np.frombuffer(raw, np.int64, boundaries, documents),
+        )
 
     def _check_documents(self) -> None:
         """Document boundaries rise from 0 to the number of sequences; equal neighbours are empty documents."""
@@ -128,11 +191,11 @@ class IndexedReader:
             raise ValueError(f"{self.bin_path}: {size} bytes, {self.idx_path} describes {self._data_bytes}: {state}")
         if size == 0:
             raise ValueError(f"{self.bin_path}: holds no tokens")
-        return size // self.dtype.itemsize
+        return len(self._tokens)
 
     def __len__(self) -> int:
         """Number of sequences."""
-        return len(self.sequence_lengths)
+        return len(self.sequence_lengths) if self._vouched is None else self._vouched.num_sequences
 
     def sequence(self, i: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens ``offset`` to ``offset + length`` (to the end when None) of sequence ``i``; a view of the file."""
@@ -152,7 +215,7 @@ class IndexedReader:
 
     def fingerprint(self) -> str:
         """Content fingerprint for telling datasets apart; see :func:`content_fingerprint`."""
-        return content_fingerprint(self.prefix)
+        return content_fingerprint(self.prefix) if self._vouched is None else self._vouched.fingerprint
 
 
 class IndexedWriter:

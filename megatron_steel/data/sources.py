@@ -13,7 +13,8 @@ import numpy as np
 from megatron_steel.config.schema import SequenceMode
 from megatron_steel.data.document_windows import open_windows
 from megatron_steel.data.identity import Candidate, Known, content_hashes, known_hash
-from megatron_steel.data.indexed import IndexedReader, read_sidecar
+from megatron_steel.data.index_cache import IndexCache
+from megatron_steel.data.indexed import IndexedReader
 from megatron_steel.data.order import SourceSpec
 from megatron_steel.data.phases import Weighting
 from megatron_steel.data.selection import Selected, parse_data_path, share_weights
@@ -63,6 +64,7 @@ def open_sources(
     read_all: bool = False,
     verify: bool = True,
     sequence_mode: SequenceMode = "concat",
+    cache_path: str | None = None,
 ) -> DataSources:
     """Open the training and validation data that these options name.
 
@@ -71,43 +73,76 @@ def open_sources(
     phase draws from, which are opened with weight 0 too. known: the sources of the checkpoint by fingerprint.
     read_all: name every source by all of its tokens; verify: compare them with what preprocessing recorded.
     sequence_mode: how documents of the training data become windows; those of validation are always joined.
+    cache_path: folder that remembers what opening found, and indexes (data/index_cache.py); not used with read_all.
     Raises ValueError for options that contradict each other, a missing or damaged file, data of another tokenizer, or a
     source without a single window.
     """
     if bool(data_path) == bool(train_data_path):
         raise ValueError("give the training data as either --data-path (with --split) or --train-data-path")
     selected = parse_data_path(data_path or train_data_path, "--data-path" if data_path else "--train-data-path")
-    names = source_names([file.prefix for file in selected])
+    every = source_names([file.prefix for file in selected])
     result = DataSources(weighting=_weighting(selected, target_epochs))
     # As in Megatron-LM a weight of 0 leaves the source out.
     factors = target_epochs or [1.0 if file.weight is None else file.weight for file in selected]
-    used = [i for i, name in enumerate(names) if factors[i] or name in later]
+    used = [i for i, name in enumerate(every) if factors[i] or name in later]
+    names, selected, factors = [every[i] for i in used], [selected[i] for i in used], [factors[i] for i in used]
+    cache = _open_cache(None if read_all else cache_path, selected, valid_data_path, tokenizer)
 
     def open_one(i: int) -> tuple[Candidate, tuple[int, int]]:
         """A source and its held-out documents."""
-        reader = open_indexed(selected[i].prefix, tokenizer)
+        reader = open_indexed(selected[i].prefix, tokenizer, cache)
         train, held_out, _ = split_documents(split if data_path else "1", reader.num_documents)
         dataset = open_windows(sequence_mode, reader, seq_length, train, seed, selected[i].limit)
         return Candidate(names[i], dataset, known_hash(reader, read_all, verify)), held_out
 
     # Opening is reading small pieces of many files: on shared storage mostly waiting.
     with ThreadPoolExecutor(OPEN_THREADS) as pool:
-        opened = list(pool.map(open_one, used))
+        opened = list((map if cache is not None and cache.complete else pool.map)(open_one, range(len(used))))
     if data_path and not valid_data_path:
         for candidate, held_out in opened:
             _add_split_valid(result, candidate.name, candidate.dataset.reader, held_out, seq_length)
-    hashes = content_hashes([candidate for candidate, _ in opened], known or {})
-    windows = [len(candidate.dataset) for candidate, _ in opened]
-    weights = share_weights([selected[i] for i in used], windows)
-    for i, (candidate, _), weight, bin_sha256 in zip(used, opened, weights, hashes, strict=True):
+    _add_train(result, [candidate for candidate, _ in opened], selected, factors, known or {})
+    _add_named_valid(result, valid_data_path, seq_length, tokenizer, bool(data_path), cache)
+    if cache is not None:
+        _remember(result, cache)
+    return result
+
+
+def _add_train(
+    result: DataSources,
+    candidates: Sequence[Candidate],
+    selected: Sequence[Selected],
+    factors: Sequence[float],
+    known: Mapping[str, Known],
+) -> None:
+    """Name the open sources by their content and add them with their weights."""
+    hashes = content_hashes(candidates, known)
+    weights = share_weights(selected, [len(candidate.dataset) for candidate in candidates])
+    for candidate, factor, weight, bin_sha256 in zip(candidates, factors, weights, hashes, strict=True):
         dataset = candidate.dataset
         # Without weights every window counts the same, so all sources finish an epoch at the same sample.
-        weight = factors[i] * len(dataset) if weight is None else weight
+        weight = factor * len(dataset) if weight is None else weight
         dataset.fingerprint = dataset.content_name(bin_sha256)
         result.train.append(SourceSpec(candidate.name, dataset.fingerprint, len(dataset), weight))
         result.datasets[dataset.fingerprint] = dataset
-    _add_named_valid(result, valid_data_path, seq_length, tokenizer, bool(data_path))
-    return result
+
+
+def _open_cache(
+    folder: str | None, selected: Sequence[Selected], valid_data_path: Sequence[str], tokenizer: TokenizerFacts | None
+) -> IndexCache | None:
+    """The cache of these training and validation files, if there is to be one."""
+    if folder is None:
+        return None
+    named = [prefix for _, prefix in parse_valid_data_path(valid_data_path)]
+    return IndexCache(Path(folder), [*(file.prefix for file in selected), *named], str(tokenizer))
+
+
+def _remember(result: DataSources, cache: IndexCache) -> None:
+    """Leave what opening found in the cache, and have indexes kept there."""
+    datasets = [*result.datasets.values(), *result.valid.values()]
+    for dataset in datasets:
+        dataset.index_cache = cache
+    cache.save([dataset.reader for dataset in datasets])
 
 
 def _add_named_valid(
@@ -116,12 +151,13 @@ def _add_named_valid(
     seq_length: int,
     tokenizer: TokenizerFacts | None,
     replaces_split: bool,
+    cache: IndexCache | None,
 ) -> None:
     """Add the validation sets that --valid-data-path names."""
     if replaces_split and valid_data_path:
         result.notes.append("--valid-data-path replaces the validation share of --split, which is not used at all")
     for name, prefix in parse_valid_data_path(valid_data_path):
-        reader = open_indexed(prefix, tokenizer)
+        reader = open_indexed(prefix, tokenizer, cache)
         result.valid[name] = WindowedDataset(prefix, seq_length, shuffle_documents=False, reader=reader)
 
 
@@ -141,14 +177,20 @@ def _add_split_valid(
     result: DataSources, name: str, reader: IndexedReader, documents: tuple[int, int], seq_length: int
 ) -> None:
     """Add the held-out documents of a source as the validation set of its name, or a note if they fill no window."""
-    lengths = reader.sequence_lengths[slice(*reader.document_indices[list(documents)])]
-    if documents[0] == documents[1] or lengths.sum(dtype=np.int64) <= seq_length:
+    first, last = documents
+    (tokens,) = reader.count(f"tokens|{first}|{last}", lambda: [_range_tokens(reader, first, last)])
+    if first == last or tokens <= seq_length:
         result.notes.append(
-            f"no validation set of {name}: --split leaves it {documents[1] - documents[0]} documents with "
-            f"{lengths.sum(dtype=np.int64)} tokens, less than one window of seq_length {seq_length} + 1"
+            f"no validation set of {name}: --split leaves it {last - first} documents with "
+            f"{tokens} tokens, less than one window of seq_length {seq_length} + 1"
         )
         return
     result.valid[name] = WindowedDataset(reader.prefix, seq_length, documents, shuffle_documents=False, reader=reader)
+
+
+def _range_tokens(reader: IndexedReader, first: int, last: int) -> int:
+    """Tokens of documents [first, last)."""
+    return int(reader.sequence_lengths[slice(*reader.document_indices[[first, last]])].sum(dtype=np.int64))
 
 
 def parse_valid_data_path(values: Sequence[str]) -> list[tuple[str, str]]:
@@ -177,25 +219,28 @@ def source_names(prefixes: Sequence[str]) -> list[str]:
     """Return a short name per prefix: its last part without _text_document, with as many folders as tell it apart."""
     parts = [Path(prefix.removesuffix(SUFFIX)).parts or (prefix,) for prefix in prefixes]
     names = []
+    ends = Counter(own[-depth:] for own in parts for depth in range(1, len(own) + 1))
     for own in parts:
         depth = 1
-        while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
+        while depth < len(own) and ends[own[-depth:]] > 1:
             depth += 1
         names.append("/".join(own[-depth:]).replace("//", "/"))
     return names
 
 
-def open_indexed(prefix: str, tokenizer: TokenizerFacts | None) -> IndexedReader:
-    """Open the indexed file `prefix` and check that its ids are the tokenizer's.
+def open_indexed(prefix: str, tokenizer: TokenizerFacts | None, cache: IndexCache | None = None) -> IndexedReader:
+    """Open the indexed file `prefix` and check that its ids are the tokenizer's, unless `cache` knows it.
 
     Raises ValueError for a missing file (saying what to do about raw text), a damaged one, or another tokenizer.
     """
+    known = None if cache is None else cache.open(prefix)
+    if known is not None:
+        return known
     _check_exists(prefix)
     reader = IndexedReader(prefix)
     if tokenizer is None:
         return reader
-    sidecar = read_sidecar(prefix)
-    recorded = (sidecar or {}).get("tokenizer_fingerprint")
+    recorded = (reader.sidecar or {}).get("tokenizer_fingerprint")
     if recorded is None:
         _check_ids(prefix, reader, tokenizer.vocab_size)
     elif recorded != tokenizer.fingerprint:

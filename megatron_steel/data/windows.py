@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_steel.config.schema import SequenceMode
+from megatron_steel.data.index_cache import IndexCache
 from megatron_steel.data.indexed import IndexedReader
 from megatron_steel.data.shuffle import permute, round_keys
 
@@ -60,6 +61,8 @@ class WindowedDataset:
     """
 
     sequence_mode: SequenceMode = "concat"
+    index_cache: IndexCache | None = None
+    """Where the index is kept between runs."""
 
     def __init__(
         self,
@@ -89,8 +92,8 @@ class WindowedDataset:
         self._made_index: tuple[np.ndarray, np.ndarray] | None = None
         self._order_keys = round_keys("documents", seed, content) if shuffle_documents else None
         self._crop_name = (seed, content)
-        self.num_tokens = self._count_tokens()
-        self.all_windows, self.dropped_tokens = self._count_windows()
+        counts = self.reader.count(f"{self.sequence_mode}|{seq_length}|{first}|{last}", self._count)
+        self.num_tokens, self.all_windows, self.dropped_tokens, self.num_labels = counts
         self._windows = self.all_windows if limit is None else limit.windows(self.all_windows, seq_length)
         if not self._windows:
             raise ValueError(f"{prefix}:{limit} leaves none of {self.all_windows} windows; raise it, or leave it out")
@@ -117,7 +120,7 @@ class WindowedDataset:
         return f"of {self.all_windows:,}" if self._windows < self.all_windows else ""
 
     def prepare(self) -> tuple[np.ndarray, np.ndarray]:
-        """Documents in their order, int64 (documents,), and where windows begin in it.
+        """Documents in their order (documents,), and where windows begin in it; int32 or int64.
 
         That is int32 (windows + 1, 2) here: place of the document, and offset in it.
 
@@ -126,7 +129,9 @@ class WindowedDataset:
         """
         with self._lock:
             if self._made_index is None:
-                self._made_index = self._make_index()
+                name = f"{self._description}|{self.seq_length}"
+                cache = self.index_cache
+                self._made_index = cache.index(name, self.reader, self._make_index) if cache else self._make_index()
             return self._made_index
 
     def _make_index(self) -> tuple[np.ndarray, np.ndarray]:
@@ -165,15 +170,20 @@ class WindowedDataset:
             raise IndexError(f"{self.prefix}: window {window} is not in [0, {len(self)})")
         return self.prepare()
 
-    def _count_windows(self) -> tuple[int, int]:
-        """Windows in the range, and tokens that are in none of them; raises ValueError if there is no window."""
+    def _count(self) -> tuple[int, int, int, int]:
+        """Tokens, windows, dropped tokens and labels in windows of the range."""
+        self.num_tokens = self._count_tokens()
+        return self.num_tokens, *self._count_windows()
+
+    def _count_windows(self) -> tuple[int, int, int]:
+        """Windows in the range, tokens in none of them, labels in them; raises ValueError if there is no window."""
         if self.num_tokens <= self.seq_length:
             raise ValueError(
                 f"{self.prefix}: documents [{self._range[0]}, {self._range[1]}) hold {self.num_tokens} tokens, less "
                 f"than one window of seq_length {self.seq_length} + 1; add documents or lower --seq-length"
             )
         windows, rest = divmod(self.num_tokens - 1, self.seq_length)
-        return windows, rest
+        return windows, rest, windows * self.seq_length
 
     def _count_tokens(self) -> int:
         """Tokens in the range, from where its first and last sequence begin."""
@@ -222,7 +232,7 @@ def split_documents(split: str, num_documents: int) -> list[tuple[int, int]]:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < math.inf:
         raise ValueError(f"--split {split!r} is not one to three shares such as 969,30,1")
-    total = float(np.sum(np.array(shares)))
+    total = float(sum(shares))
     bounds = [0.0]
     for share in [*shares, 0.0, 0.0][:3]:
         bounds.append(bounds[-1] + share / total)

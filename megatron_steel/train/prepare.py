@@ -173,6 +173,7 @@ def open_data(config: Config, tokenizer: Tokenizer, ledger: Ledger | None, phase
         read_all=options.data_fingerprint == "full",
         verify=os.environ.get("RANK", "0") == "0",
         sequence_mode=options.sequence_mode,
+        cache_path=options.data_cache_path,
     )
 
 
