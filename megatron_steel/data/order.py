@@ -278,9 +278,10 @@ class Ledger:
         source, draw = blend.draws(self._shares[number], start, stop)
         out = np.empty((3, stop - start), dtype=np.int64)
         out[0] = self._indices[number][source]
-        for position in np.unique(source):
+        # Not np.unique: its first call imports numpy.ma, as long as all the rest of a start.
+        for position in sorted(set(source.tolist())):
             here = np.flatnonzero(source == position)
-            out[1:, here] = self._draws_of(number, int(position), draw[here])
+            out[1:, here] = self._draws_of(number, position, draw[here])
         return out
 
     def _draws_of(self, number: int, position: int, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -296,8 +297,9 @@ class Ledger:
             window[rest] = self._rest_of_epoch(number, position, source.epoch, place[rest])
         whole = np.flatnonzero(~rest)
         if whole.size:
-            names, which = np.unique(epoch[whole], return_inverse=True)
-            keys = np.stack([self._keys(number, source, int(name)) for name in names], axis=1)
+            names = sorted(set(epoch[whole].tolist()))
+            which = np.searchsorted(names, epoch[whole])
+            keys = np.stack([self._keys(number, source, name) for name in names], axis=1)
             window[whole] = permute(place[whole], source.windows, keys if len(names) == 1 else keys[:, which])
         return epoch, window
 
