@@ -90,9 +90,7 @@ class IndexCache:
         name: all that decides the index, but for the file that it is of; that is known here by its stamp. The arrays
         are int32 where their values fit.
         """
-        text = f"{VERSION}|{__version__}|{name}|{reader.stamp[:6]}"
-        digest = hashlib.sha256(text.encode()).digest()
-        path = self.folder / f"index-{digest.hex()[:32]}.bin"
+        digest, path = self._place(name, reader)
         found = _map_index(path, digest)
         if found is not None:
             return found
@@ -105,6 +103,16 @@ class IndexCache:
         self._publish(path, [header, second.data, first.data])
         # Mapped, its memory is shared with the other ranks of this machine.
         return _map_index(path, digest) or (first, second)
+
+    def find(self, name: str, reader: IndexedReader) -> Index | None:
+        """Return the index if it is in the cache."""
+        digest, path = self._place(name, reader)
+        return _map_index(path, digest)
+
+    def _place(self, name: str, reader: IndexedReader) -> tuple[bytes, Path]:
+        """What an index is known by, and its file."""
+        digest = hashlib.sha256(f"{VERSION}|{__version__}|{name}|{reader.stamp[:6]}".encode()).digest()
+        return digest, self.folder / f"index-{digest.hex()[:32]}.bin"
 
     def _counted(self) -> int:
         """Remembered counts; opening adds those of ranges and window lengths that are new."""

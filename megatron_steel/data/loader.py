@@ -311,9 +311,11 @@ class TrainLoader:
     def _prepare(self, sources: set[int]) -> None:
         """Index the sources that a step reads for the first time, several at once."""
         if len(sources) > 1:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                found = [dataset for number in sources if (dataset := self._datasets[number]) is not None]
-                list(pool.map(lambda dataset: dataset.prepare(), found))
+            found = [dataset for number in sources if (dataset := self._datasets[number]) is not None]
+            new = [dataset for dataset in found if not dataset.prepared()]
+            if new:
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    list(pool.map(lambda dataset: dataset.prepare(), new))
         self._prepared |= sources
 
 

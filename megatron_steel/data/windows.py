@@ -129,10 +129,21 @@ class WindowedDataset:
         """
         with self._lock:
             if self._made_index is None:
-                name = f"{self._description}|{self.seq_length}"
-                cache = self.index_cache
+                cache, name = self.index_cache, self._index_name
                 self._made_index = cache.index(name, self.reader, self._make_index) if cache else self._make_index()
             return self._made_index
+
+    def prepared(self) -> bool:
+        """Whether the index need not be made; one in the cache is mapped."""
+        with self._lock:
+            if self._made_index is None and self.index_cache is not None:
+                self._made_index = self.index_cache.find(self._index_name, self.reader)
+            return self._made_index is not None
+
+    @property
+    def _index_name(self) -> str:
+        """All that decides the index, for the file that the reader has open."""
+        return f"{self._description}|{self.seq_length}"
 
     def _make_index(self) -> tuple[np.ndarray, np.ndarray]:
         """What `prepare` returns."""

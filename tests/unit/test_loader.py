@@ -28,6 +28,9 @@ class FakeWindows:
     def prepare(self) -> None:
         """Nothing to index."""
 
+    def prepared(self) -> bool:
+        return False
+
     def __len__(self) -> int:
         return self.windows
 
