@@ -7,6 +7,7 @@ lengths int32, byte offsets int64, document indices int64 (first sequence of eac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -354,7 +355,8 @@ class IndexedWriter:
     def abort(self) -> None:
         """Remove what is unfinished or only needed on the way; does nothing more after commit."""
         for stream in self._streams.values():
-            stream.close()
+            with contextlib.suppress(OSError):  # on a full disk closing cannot write out what is about to be removed
+                stream.close()
         for path in self._temporary.values() if self._streams else ():
             path.unlink(missing_ok=True)
 
@@ -392,9 +394,7 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
 def write_sidecar(prefix: str, value: dict[str, Any]) -> None:
     """Write ``PREFIX.json`` under a temporary name, fsync it and rename it."""
     path, temporary = Path(f"{prefix}.json"), Path(f"{prefix}.json.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    with open(temporary, "wb") as stream:
+        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        close_synced(stream)
     os.replace(temporary, path)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,16 +223,10 @@ def test_killed_while_saving(pool: WorkerPool, prefix: str, tmp_path: Path, poin
 
 
 @pytest.fixture
-def small_disk(checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
+def small_disk(checkpoint: Path, make_disk: Callable[[int], Path]) -> Path:
     """A file system with room for one checkpoint and a half."""
-    place = tmp_path / "disk"
-    place.mkdir()
     used = sum(-(-path.stat().st_size // 4096) * 4096 for path in (checkpoint / ITERATION).rglob("*") if path.is_file())
-    command = ["mount", "-t", "tmpfs", "-o", f"size={used * 3 // 2}", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    return make_disk(used * 3 // 2)
 
 
 def test_full_disk(pool: WorkerPool, prefix: str, small_disk: Path, tmp_path: Path) -> None:

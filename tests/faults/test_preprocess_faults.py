@@ -6,11 +6,13 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -283,6 +285,43 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0 and "going on from" in done.stderr
     again = files(tmp_path)
     assert run(tmp_path, *flags).returncode == 0 and files(tmp_path) == again
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("moment", ["shards", "join"])
+def test_a_full_file_system_ends_the_run_and_the_next_goes_on(
+    moment: str, workers: str, make_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """A file takes the room that is missing; when it is removed the same command ends like one never disturbed.
+
+    Of very short documents the index is the largest file: a disk that is only too small for it is full in the join.
+    """
+    lines = (json.dumps({"text": f"a{number % 10}"}) + "\n" for number in range(150_000))
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    flags = ["--input", "in.jsonl", *TOKENIZER, "--append-eod", "--workers", workers]
+    assert run(tmp_path, *flags).returncode == 0
+    expected = files(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    tokens, index = (len(expected[f"set_text_document{suffix}"]) for suffix in (".bin", ".idx"))
+    disk = make_disk(64 << 20)
+    (tmp_path / "out").symlink_to(disk)
+    # Shards hold as much as the tokens' file and most of the index; so do the writer's files, which joined make these.
+    room = (tokens + index) // 2 if moment == "shards" else 2 * (tokens + index)
+    ballast = disk / "ballast"
+    with open(ballast, "wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(disk).free - room)
+    done = run(tmp_path, *flags)
+    assert done.returncode == 1, done
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "No space left on device" in done.stderr
+    assert not [name for name in outputs(tmp_path) if name not in ("ballast", "set.parts")]
+    ballast.unlink()
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    going_on = re.search(r"going on from (\d+) of (\d+) finished pieces", done.stderr)
+    whole = going_on is not None and going_on[1] == going_on[2]
+    assert whole == (moment == "join"), done.stderr
+    assert files(tmp_path) == expected
 
 
 def test_bad_lines_go_to_a_file_under_a_quota(tmp_path: Path) -> None:
