@@ -1,6 +1,7 @@
 """Preprocessing writes what Megatron-LM writes: megatron-core's builder, and its script where a checkout is given.
 
-``MEGATRON_LM_PATH=/path/to/Megatron-LM`` runs ``tools/preprocess_data.py`` of that checkout on the same input.
+``MEGATRON_LM_PATH=/path/to/Megatron-LM`` runs ``tools/preprocess_data.py`` of that checkout on the same input,
+with the Python of ``MEGATRON_LM_PYTHON`` where the checkout needs packages of its own.
 """
 
 from __future__ import annotations
@@ -189,16 +190,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
 @pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece"])
+@pytest.mark.parametrize("flags", [["--append-eod"], []], ids=["eod", "no-eod"])
 def test_bytes_equal_megatron_lms_script(
-    kind: str, corpus: Path, sentencepiece_tokenizer: tuple[str, str], tmp_path: Path
+    flags: list[str], kind: str, corpus: Path, sentencepiece_tokenizer: tuple[str, str], tmp_path: Path
 ) -> None:
     tokenizer = HUGGING_FACE if kind == "hugging_face" else sentencepiece_tokenizer
     checkout = os.environ["MEGATRON_LM_PATH"]
-    command = [sys.executable, "-c", SCRIPT, checkout, "--input", str(corpus), "--append-eod", "--workers", "2"]
+    python = os.environ.get("MEGATRON_LM_PYTHON", sys.executable)
+    command = [python, "-c", SCRIPT, checkout, "--input", str(corpus), *flags, "--workers", "2"]
     command += ["--output-prefix", str(tmp_path / "theirs")]
     command += ["--tokenizer-type", tokenizer[0], "--tokenizer-model", tokenizer[1]]
     environment = os.environ | {"PYTHONPATH": checkout}
     subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
     for workers in (1, 2, 3):
-        ours = preprocess(corpus, tokenizer, tmp_path / f"ours{workers}", workers, "--append-eod")
+        ours = preprocess(corpus, tokenizer, tmp_path / f"ours{workers}", workers, *flags)
         assert_same_bytes(ours, tmp_path / "theirs_text_document")
