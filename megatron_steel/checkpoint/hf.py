@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,11 +21,12 @@ from megatron_steel.checkpoint.hf_folder import (
     replaced_when_complete,
     write_shards,
 )
-from megatron_steel.checkpoint.hf_map import Rule, heads, rules, to_ours, to_theirs
+from megatron_steel.checkpoint.hf_map import pieces, to_ours, to_theirs
 from megatron_steel.checkpoint.state import STATE_FILE, TOKENIZER_FOLDER, TrainState, read_state
 from megatron_steel.checkpoint.store import PlainWeights, write_sharded
 from megatron_steel.config.check import padded_vocab_size
-from megatron_steel.config.hf_sizes import ARCHITECTURES, hf_from_sizes, read_sizes
+from megatron_steel.config.families import FAMILIES
+from megatron_steel.config.hf_sizes import hf_from_sizes, read_sizes
 from megatron_steel.config.load import apply, from_flat, to_flat
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.text.tokenizer import DESCRIPTION_FILE, Tokenizer, build_tokenizer
@@ -64,60 +66,26 @@ def read_hf_config(folder: Path) -> Config:
     return config
 
 
-def expected_shape(name: str, size: ModelConfig) -> tuple[int, ...]:
-    """Shape of a Hugging Face tensor of a model with these sizes."""
-    groups, per_group, width = heads(size)
-    hidden, ffn = size.hidden_size, size.ffn_hidden_size
-    assert size.vocab_size is not None
-    rows = {
-        "q_proj": (groups * per_group * width, hidden),
-        "k_proj": (groups * width, hidden),
-        "v_proj": (groups * width, hidden),
-        "o_proj": (hidden, groups * per_group * width),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-        "q_norm": (width,),
-        "k_norm": (width,),
-        "embed_tokens": (size.vocab_size, hidden),
-        "lm_head": (size.vocab_size, hidden),
-    }
-    module, kind = name.rsplit(".", 2)[-2:]
-    shape = rows.get(module, (hidden,))
-    return shape[:1] if kind == "bias" else shape
-
-
-def sources(size: ModelConfig) -> Iterator[tuple[Rule, int | None, list[str]]]:
-    """(rule, layer or None, Hugging Face names) of every tensor of a model."""
-    for rule in rules(size):
-        for layer in range(size.num_layers) if rule.layered else [None]:
-            yield rule, layer, [name.format(layer=layer) for name in rule.theirs]
-
-
 def check_tensors(source: HFWeights, size: ModelConfig) -> None:
     """The folder must hold exactly the tensors config.json promises; ``ValueError`` names the first that is off."""
     used: set[str] = set()
-    for _, _, names in sources(size):
-        used.update(names)
-        for name in names:
-            found, wanted = source.shape(name), expected_shape(name, size)
-            if found != wanted:
+    for piece in pieces(size):
+        used.update(piece.theirs)
+        for name, wanted in zip(piece.theirs, piece.shapes, strict=True):
+            if (found := source.shape(name)) != wanted:
                 raise ValueError(f"{source.folder}: {name} is {found}, the sizes in config.json make it {wanted}")
     tied_head = set() if size.untie_embeddings_and_output_weights else {"lm_head.weight"}
-    if left := source.unused(used | tied_head):
+    if left := source.unused(used | tied_head, FAMILIES[size.model_family].ignore):
         raise ValueError(f"{source.folder}: tensors this family does not have: {', '.join(left[:3])}")
 
 
 def sharded_weights(source: HFWeights, size: ModelConfig, padded_vocab: int) -> Iterator[tuple[str, ShardedTensor]]:
-    """Our tensors of a Hugging Face folder, each as a whole or as one layer of a stack."""
-    for rule, layer, names in sources(size):
-        ours = to_ours(rule.kind, [source.get(name) for name in names], size, padded_vocab)
-        if layer is None:
-            yield rule.ours, ShardedTensor.from_rank_offsets(rule.ours, ours)
-        else:
-            offset = (0, layer, size.num_layers)
-            whole = ShardedTensor.from_rank_offsets(rule.ours, ours, offset, prepend_axis_num=1)
-            yield f"{rule.ours}.{layer}", whole
+    """Our tensors of a Hugging Face folder, each as a whole or as one layer or expert of a stack."""
+    for piece in pieces(size):
+        ours = to_ours(piece.how, [source.get(name) for name in piece.theirs], size, padded_vocab)
+        offsets = [(axis, at, count) for axis, (at, count) in enumerate(zip(piece.index, piece.of, strict=True))]
+        whole = ShardedTensor.from_rank_offsets(piece.key, ours, *offsets, prepend_axis_num=len(offsets))
+        yield ".".join((piece.key, *map(str, piece.index))), whole
 
 
 def check_new_root(root: Path) -> None:
@@ -184,14 +152,12 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def hf_tensors(weights: PlainWeights, size: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face's tensors from our stacked ones; one of ours is in memory at a time."""
-    for rule in rules(size):
-        stack = weights.read(rule.ours)
-        for layer in range(size.num_layers) if rule.layered else [None]:
-            names = [name.format(layer=layer) for name in rule.theirs]
-            tensor = stack if layer is None else stack[layer]
+    for key, group in itertools.groupby(pieces(size), key=lambda piece: piece.key):
+        stack = weights.read(key)
+        for piece in group:
             # Parts may be views, which would keep the whole stack in memory for as long as one of them lives.
-            parts = (part.clone() for part in to_theirs(rule.kind, tensor, size, vocab_size))
-            yield from zip(names, parts, strict=True)
+            parts = (part.clone() for part in to_theirs(piece.how, stack[piece.index], size, vocab_size))
+            yield from zip(piece.theirs, parts, strict=True)
 
 
 def export_hf(checkpoint: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -244,7 +210,7 @@ def model_card(name: str, state: TrainState, size: ModelConfig, parameters: int,
         trained = f"Trained for {state.iteration:,} steps on {state.consumed_tokens:,} tokens."
     return CARD.format(
         name=name,
-        family=ARCHITECTURES[size.model_family].removesuffix("ForCausalLM"),
+        family=FAMILIES[size.model_family].architecture.removesuffix("ForCausalLM"),
         parameters=parameters,
         dtype=dtype,
         layers=size.num_layers,

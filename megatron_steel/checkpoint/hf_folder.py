@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,10 @@ class HFWeights:
             raise ValueError(f"{self.folder}: holds no tensor {name}")
         return self.open_shards[self.places[name]]
 
-    def unused(self, used: set[str]) -> list[str]:
-        """Names nobody asked for, but for buffers older versions saved."""
-        return sorted(name for name in self.places if name not in used and not name.endswith("rotary_emb.inv_freq"))
+    def unused(self, used: set[str], ignore: Sequence[str]) -> list[str]:
+        """Names nobody asked for, but for those that match a pattern of ``ignore``."""
+        rest = (name for name in self.places if name not in used)
+        return sorted(name for name in rest if not any(re.fullmatch(pattern, name) for pattern in ignore))
 
 
 def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> int:

@@ -1,100 +1,146 @@
-"""How our weights and Hugging Face's correspond: declared once, used in both directions.
+"""From the declaration of a family to tensors: where each of ours lies and how it is made of Hugging Face's.
 
-Our names are those of checkpoints: decoder layers are stacked under one name, and the norm before a linear layer
-belongs to that layer (megatron-core's fused names, for every backend).
+Our names are those of checkpoints: decoder layers are stacked under one name when all are alike, and the norm before a
+linear layer belongs to that layer (megatron-core's fused names, for every backend).
 
 Shapes: L layers, V vocabulary rows, H hidden, F feed-forward, N query heads, G key/value heads, D head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_steel.config.families import FAMILIES
+from megatron_steel.config.family import Tensor as Declared
+from megatron_steel.config.family import group_count, head_width, shapes, stacked
 from megatron_steel.config.schema import ModelConfig
-
-Kind = Literal["copy", "vocab", "qkv", "gate_up"]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One of our tensors and the Hugging Face tensors it holds; ``{layer}`` marks a tensor of every layer."""
+class Piece:
+    """The part of one of our tensors that a few of Hugging Face's make up: all of it, one layer, or one expert.
 
-    ours: str
-    theirs: tuple[str, ...]
-    kind: Kind = "copy"
-
-    @property
-    def layered(self) -> bool:
-        """Whether the tensor exists once per decoder layer."""
-        return "{layer}" in self.theirs[0]
-
-
-def rules(size: ModelConfig) -> list[Rule]:
-    """The map of a model; the four families differ only in which tensors exist."""
-    ours, theirs = "decoder.layers.", "model.layers.{layer}."
-    attention = tuple(f"{theirs}self_attn.{part}_proj." for part in ("q", "k", "v"))
-    table = [
-        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-        Rule(f"{ours}self_attention.linear_qkv.layer_norm_weight", (f"{theirs}input_layernorm.weight",)),
-        Rule(f"{ours}self_attention.linear_qkv.weight", tuple(f"{name}weight" for name in attention), "qkv"),
-        Rule(f"{ours}self_attention.linear_proj.weight", (f"{theirs}self_attn.o_proj.weight",)),
-        Rule(f"{ours}mlp.linear_fc1.layer_norm_weight", (f"{theirs}post_attention_layernorm.weight",)),
-        Rule(
-            f"{ours}mlp.linear_fc1.weight", (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), "gate_up"
-        ),
-        Rule(f"{ours}mlp.linear_fc2.weight", (f"{theirs}mlp.down_proj.weight",)),
-        Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    ]
-    if size.add_qkv_bias:
-        table.append(Rule(f"{ours}self_attention.linear_qkv.bias", tuple(f"{n}bias" for n in attention), "qkv"))
-    if size.qk_layernorm:
-        table.append(Rule(f"{ours}self_attention.q_layernorm.weight", (f"{theirs}self_attn.q_norm.weight",)))
-        table.append(Rule(f"{ours}self_attention.k_layernorm.weight", (f"{theirs}self_attn.k_norm.weight",)))
-    if size.untie_embeddings_and_output_weights:
-        table.append(Rule("output_layer.weight", ("lm_head.weight",), "vocab"))
-    return table
-
-
-def heads(size: ModelConfig) -> tuple[int, int, int]:
-    """(G, query heads per group, D)."""
-    groups = size.num_query_groups or size.num_attention_heads
-    return groups, size.num_attention_heads // groups, size.kv_channels or size.hidden_size // size.num_attention_heads
-
-
-def to_theirs(kind: Kind, tensor: Tensor, size: ModelConfig, vocab_size: int) -> list[Tensor]:
-    """Split one of our tensors (of one layer) into Hugging Face's, as contiguous tensors.
-
-    qkv: rows are G blocks of [queries of the group | key | value]; Hugging Face keeps the three kinds apart.
+    key: name in checkpoints. index and of: its place along the leading axes that are counted by layer and expert, and
+    how many there are; empty for a whole tensor. theirs, shapes: Hugging Face's tensors.
     """
-    if kind == "vocab":
-        return [tensor[:vocab_size].contiguous()]
-    if kind == "gate_up":
-        return [part.contiguous() for part in tensor.chunk(2, 0)]
-    if kind == "qkv":
-        groups, per_group, width = heads(size)
-        rest = tensor.shape[1:]
-        blocks = tensor.reshape(groups, per_group + 2, width, *rest)
-        parts = blocks.split([per_group, 1, 1], dim=1)
-        return [part.reshape(-1, *rest).contiguous() for part in parts]
+
+    key: str
+    index: tuple[int, ...]
+    of: tuple[int, ...]
+    theirs: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    how: str
+    fp32: bool
+
+
+def pieces(size: ModelConfig) -> Iterator[Piece]:
+    """Every piece of a model, in the order of the declaration and then of layers and experts."""
+    family = FAMILIES[size.model_family]
+    for tensor in family.tensors:
+        if not tensor.when(size):
+            continue
+        by_layer, by_expert = (
+            ("{layer}" in tensor.ours or "{layer}" in tensor.sources[0]),
+            "{expert}" in str(tensor.theirs),
+        )
+        for layer in range(size.num_layers) if by_layer else (None,):
+            if layer is not None and not tensor.layers(size, layer):
+                continue
+            for expert in range(size.num_experts or 0) if by_expert else (None,):
+                yield piece(tensor, tuple(shapes(family, tensor, size)), size, layer, expert)
+
+
+def piece(
+    tensor: Declared,
+    their_shapes: tuple[tuple[int, ...], ...],
+    size: ModelConfig,
+    layer: int | None,
+    expert: int | None,
+) -> Piece:
+    """One piece of a declared tensor."""
+    places = []
+    key = tensor.ours
+    if layer is not None:
+        if stacked(size):
+            key = key.replace("{layer}.", "")
+            places.append((layer, size.num_layers))
+        else:
+            key = key.replace("{layer}", str(layer))
+    if expert is not None:
+        assert size.num_experts is not None
+        places.append((expert, size.num_experts))
+    names = tuple(name.format(layer=layer, expert=expert) for name in tensor.sources)
+    index, of = tuple(at for at, _ in places), tuple(count for _, count in places)
+    return Piece(key, index, of, names, their_shapes, tensor.how, tensor.fp32)
+
+
+def copy_out(tensor: Tensor, size: ModelConfig, rows: int) -> list[Tensor]:
+    """Our tensor is theirs."""
     return [tensor.contiguous()]
 
 
-def to_ours(kind: Kind, tensors: list[Tensor], size: ModelConfig, padded_vocab: int) -> Tensor:
+def copy_in(tensors: list[Tensor], size: ModelConfig, rows: int) -> Tensor:
+    """Their tensor is ours."""
+    return tensors[0].contiguous()
+
+
+def vocab_out(tensor: Tensor, size: ModelConfig, rows: int) -> list[Tensor]:
+    """Padding rows are left out."""
+    return [tensor[:rows].contiguous()]
+
+
+def vocab_in(tensors: list[Tensor], size: ModelConfig, rows: int) -> Tensor:
+    """Padding rows are zero."""
+    padding = tensors[0].new_zeros(rows - tensors[0].shape[0], *tensors[0].shape[1:])
+    return torch.cat((tensors[0], padding))
+
+
+def halves_out(tensor: Tensor, size: ModelConfig, rows: int) -> list[Tensor]:
+    """Gate rows, then up rows."""
+    return [part.contiguous() for part in tensor.chunk(2, 0)]
+
+
+def halves_in(tensors: list[Tensor], size: ModelConfig, rows: int) -> Tensor:
+    """The inverse of :func:`halves_out`."""
+    return torch.cat(tensors, 0)
+
+
+def qkv_out(tensor: Tensor, size: ModelConfig, rows: int) -> list[Tensor]:
+    """Rows are G blocks of [queries of the group | key | value]; Hugging Face keeps the three kinds apart."""
+    groups, width, rest = group_count(size), head_width(size), tensor.shape[1:]
+    per_group = size.num_attention_heads // groups
+    blocks = tensor.reshape(groups, per_group + 2, width, *rest)
+    return [part.reshape(-1, *rest).contiguous() for part in blocks.split([per_group, 1, 1], dim=1)]
+
+
+def qkv_in(tensors: list[Tensor], size: ModelConfig, rows: int) -> Tensor:
+    """The inverse of :func:`qkv_out`."""
+    groups, width, rest = group_count(size), head_width(size), tensors[0].shape[1:]
+    shares = (size.num_attention_heads // groups, 1, 1)
+    blocks = [t.reshape(groups, n, width, *rest) for t, n in zip(tensors, shares, strict=True)]
+    return torch.cat(blocks, 1).reshape(-1, *rest)
+
+
+Out = Callable[[Tensor, ModelConfig, int], list[Tensor]]
+In = Callable[[list[Tensor], ModelConfig, int], Tensor]
+# By the name a declaration gives: from ours to theirs, and back.
+TRANSFORMS: dict[str, tuple[Out, In]] = {
+    "copy": (copy_out, copy_in),
+    "vocab": (vocab_out, vocab_in),
+    "qkv": (qkv_out, qkv_in),
+    "gate_up": (halves_out, halves_in),
+}
+
+
+def to_theirs(how: str, tensor: Tensor, size: ModelConfig, vocab_size: int) -> list[Tensor]:
+    """Split one of our tensors (of one layer or expert) into Hugging Face's, as contiguous tensors."""
+    return TRANSFORMS[how][0](tensor, size, vocab_size)
+
+
+def to_ours(how: str, tensors: list[Tensor], size: ModelConfig, padded_vocab: int) -> Tensor:
     """The inverse of :func:`to_theirs`; vocabulary padding rows are zero."""
-    if kind == "vocab":
-        rows = tensors[0]
-        padding = rows.new_zeros(padded_vocab - rows.shape[0], *rows.shape[1:])
-        return torch.cat((rows, padding))
-    if kind == "gate_up":
-        return torch.cat(tensors, 0)
-    if kind == "qkv":
-        groups, per_group, width = heads(size)
-        rest = tensors[0].shape[1:]
-        shares = (per_group, 1, 1)
-        blocks = [t.reshape(groups, n, width, *rest) for t, n in zip(tensors, shares, strict=True)]
-        return torch.cat(blocks, 1).reshape(-1, *rest)
-    return tensors[0]
+    return TRANSFORMS[how][1](tensors, size, padded_vocab)

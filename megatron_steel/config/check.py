@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_steel.config.families import FAMILIES
+from megatron_steel.config.family import ANY, SWITCHES
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.schema import Config, ModelConfig
 
@@ -116,14 +118,16 @@ def check_heads(config: Config) -> None:
 
 
 def check_family(config: Config) -> None:
-    """A family fixes some switches; a model that mixes them could not be exported."""
+    """A family fixes the switches; a model that mixes them could not be exported."""
     size = config.size
-    if size.add_qkv_bias != (size.model_family == "qwen2"):
-        word = "needs" if size.model_family == "qwen2" else "has no"
-        raise ValueError(f"--model-family {size.model_family} {word} --add-qkv-bias; llama has none, qwen2 has it")
-    if size.qk_layernorm != (size.model_family == "qwen3"):
-        word = "needs" if size.model_family == "qwen3" else "has no"
-        raise ValueError(f"--model-family {size.model_family} {word} --qk-layernorm; llama has none, qwen3 has it")
+    family, defaults = FAMILIES[size.model_family], ModelConfig()
+    for name in SWITCHES:
+        value, allowed = getattr(size, name), family.switches.get(name, (getattr(defaults, name),))
+        if allowed is not ANY and value not in allowed:
+            flag, wanted = name.replace("_", "-"), " or ".join(map(str, allowed))
+            if isinstance(value, bool):
+                raise ValueError(f"--model-family {family.name} {'has no' if value else 'needs'} --{flag}")
+            raise ValueError(f"--{flag} is {value}, but --model-family {family.name} has {wanted}")
     if config.training.seq_length > size.max_position_embeddings:
         raise ValueError(
             f"--seq-length {config.training.seq_length} is longer than "

@@ -89,8 +89,8 @@ def coerce(group: Any, name: str, value: Any, origin: str) -> Any:
         items = str(value).split() if is_scalar(value) else value
         if not isinstance(items, list) or not all(is_scalar(item) for item in items):
             raise ValueError(f"{origin}: {name} must be a list of words, not {value!r}")
-        if get_args(kind)[0] is float:
-            return [number(float, item, f"{origin}: {name}") for item in items]
+        if get_args(kind)[0] in (int, float):
+            return [number(get_args(kind)[0], item, f"{origin}: {name}") for item in items]
         return [str(item) for item in items]
     if not is_scalar(value):
         raise ValueError(f"{origin}: {name} must be text, not {value!r}")

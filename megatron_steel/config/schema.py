@@ -9,59 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-ModelFamily = Literal["llama", "mistral", "qwen2", "qwen3"]
+from megatron_steel.config.model_schema import ModelConfig
+
 TransformerImpl = Literal["auto", "transformer_engine", "torch", "local"]
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 DataFingerprint = Literal["fast", "full"]
 SequenceMode = Literal["concat", "split", "truncate", "sample"]
 WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """Sizes and switches of the decoder."""
-
-    model_family: ModelFamily = "llama"
-    """Family, which fixes the Hugging Face names on export and what the switches below may be."""
-    num_layers: int = 4
-    """Decoder layers."""
-    hidden_size: int = 256
-    """Width of the residual stream."""
-    ffn_hidden_size: int = 704
-    """Width of the SwiGLU feed-forward."""
-    num_attention_heads: int = 4
-    """Query heads."""
-    num_query_groups: int | None = None
-    """Key/value heads (grouped-query attention); one per query head when unset."""
-    kv_channels: int | None = None
-    """Width of one head; hidden_size / num_attention_heads when unset."""
-    max_position_embeddings: int = 2048
-    """Longest sequence the model is declared for; seq_length may not exceed it."""
-    rotary_base: float = 10000.0
-    """Base of the rotary embedding (rope theta)."""
-    use_rope_scaling: bool = False
-    """Llama 3 scaling of the rotary frequencies."""
-    rope_scaling_factor: float = 8.0
-    """Factor of the Llama 3 scaling (8 for Llama 3.1, 32 for Llama 3.2)."""
-    norm_epsilon: float = 1e-6
-    """Epsilon of RMSNorm."""
-    qk_layernorm: bool = False
-    """RMSNorm on each query and key head (Qwen3)."""
-    add_qkv_bias: bool = False
-    """Bias on the query, key and value projections (Qwen2)."""
-    untie_embeddings_and_output_weights: bool = False
-    """Give the output layer its own weight instead of the embedding's."""
-    init_method_std: float = 0.02
-    """Standard deviation of the normal initialisation."""
-    attention_dropout: float = 0.0
-    """Dropout on attention probabilities."""
-    hidden_dropout: float = 0.0
-    """Dropout on the residual branches."""
-    vocab_size: int | None = None
-    """Rows before padding; the tokenizer's size when unset. May be larger than the tokenizer's, never smaller."""
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
 
 
 @dataclass(kw_only=True)

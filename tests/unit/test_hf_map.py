@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_steel.checkpoint.hf_map import Rule, heads, rules, to_ours, to_theirs
+from megatron_steel.checkpoint.hf_map import pieces, to_ours, to_theirs
+from megatron_steel.config.family import group_count, head_width
 from megatron_steel.config.hf_sizes import hf_from_sizes
 from megatron_steel.config.schema import ModelConfig
 
@@ -36,6 +37,12 @@ def tiny(family: str, untied: bool) -> ModelConfig:
         untie_embeddings_and_output_weights=untied,
         **FAMILIES[family],
     )
+
+
+def heads(size: ModelConfig) -> tuple[int, int, int]:
+    """Groups, query heads per group, head width."""
+    groups = group_count(size)
+    return groups, size.num_attention_heads // groups, head_width(size)
 
 
 def numbered(*shape: int) -> Tensor:
@@ -121,16 +128,6 @@ def test_more_rows_than_the_padded_vocabulary_are_refused() -> None:
         to_ours("vocab", [numbered(9, 2)], ModelConfig(), 8)
 
 
-def names_of(table: list[Rule], layers: int) -> list[str]:
-    """Every Hugging Face tensor the rules name."""
-    return [
-        name.format(layer=layer)
-        for rule in table
-        for layer in (range(layers) if rule.layered else [None])
-        for name in rule.theirs
-    ]
-
-
 @pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rules_name_every_tensor_of_transformers_model_once(family: str, untied: bool) -> None:
@@ -139,19 +136,21 @@ def test_rules_name_every_tensor_of_transformers_model_once(family: str, untied:
     state = theirs.state_dict()
     if not untied:
         assert state.pop("lm_head.weight").data_ptr() == state["model.embed_tokens.weight"].data_ptr()
-    names = names_of(rules(size), size.num_layers)
+    names = [name for piece in pieces(size) for name in piece.theirs]
     assert len(names) == len(set(names)) and set(names) == set(state)
 
     groups, per_group, width = heads(size)
-    for rule in rules(size):
-        tensors = [state[name.format(layer=1)] for name in rule.theirs]
-        ours = to_ours(rule.kind, tensors, size, 64)
-        assert same(to_theirs(rule.kind, ours, size, 50), tensors)
-        if rule.kind == "qkv":
+    size.vocab_size = 50
+    for rule in pieces(size):
+        tensors = [state[name] for name in rule.theirs]
+        assert rule.shapes == tuple(tuple(tensor.shape) for tensor in tensors)
+        ours = to_ours(rule.how, tensors, size, 64)
+        assert same(to_theirs(rule.how, ours, size, 50), tensors)
+        if rule.how == "qkv":
             assert ours.shape[0] == groups * (per_group + 2) * width
-        elif rule.kind == "gate_up":
+        elif rule.how == "gate_up":
             assert ours.shape == (2 * size.ffn_hidden_size, size.hidden_size)
-        elif rule.kind == "vocab":
+        elif rule.how == "vocab":
             assert ours.shape == (64, size.hidden_size)
 
 
@@ -161,9 +160,10 @@ def test_gate_and_up_are_in_megatron_cores_order() -> None:
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_from_sizes(size, 50, NO_IDS, "float32")))
     state = theirs.state_dict()
-    table = {rule.ours.rsplit(".", 2)[1]: rule for rule in rules(size)}
+    table = {piece.key.rsplit(".", 2)[1]: piece for piece in pieces(size) if piece.index in ((0,), ())}
+    table |= {"linear_qkv": next(piece for piece in pieces(size) if piece.how == "qkv")}
     fc1, fc2 = (
-        to_ours(table[name].kind, [state[n.format(layer=0)] for n in table[name].theirs], size, 0)
+        to_ours(table[name].how, [state[n] for n in table[name].theirs], size, 0)
         for name in ("linear_fc1", "linear_fc2")
     )
     x = torch.randn(5, size.hidden_size)
@@ -175,6 +175,13 @@ def test_gate_and_up_are_in_megatron_cores_order() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_names_are_unique(family: str) -> None:
-    ours = [rule.ours for rule in rules(tiny(family, True))]
+    ours = [(piece.key, piece.index) for piece in pieces(tiny(family, True))]
     assert len(ours) == len(set(ours))
-    assert ours[0] == "embedding.word_embeddings.weight" and ours[-1] == "output_layer.weight"
+    assert {key for key, index in ours if not index} == {
+        "embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight",
+    }  # fmt: skip
+    stacks = {key for key, index in ours if index}
+    assert all(key.startswith("decoder.layers.") and "{" not in key for key in stacks)
+    assert sorted(ours) == sorted(
+        [(key, (layer,)) for key in stacks for layer in range(3)] + [i for i in ours if not i[1]]
+    )

@@ -1,0 +1,20 @@
+"""The families, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_steel.config.families import llama
+from megatron_steel.config.family import Family
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (*llama.FAMILIES,)}
+
+
+def detect(hf: Mapping[str, Any], origin: str) -> Family:
+    """The family of a ``config.json``; ``ValueError`` for one that is not supported."""
+    for family in FAMILIES.values():
+        if family.model_type == hf.get("model_type"):
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES.values())
+    raise ValueError(f"{origin}: model_type {hf.get('model_type')!r} is not supported; known: {known}")
