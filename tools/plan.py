@@ -18,6 +18,7 @@ from megatron_steel.config.check import check, data_parallel_size, padded_vocab_
 from megatron_steel.config.load import parse, user_errors  # noqa: E402
 from megatron_steel.config.schema import Config  # noqa: E402
 from megatron_steel.plan import estimate  # noqa: E402
+from megatron_steel.plan.parameters import count_parameters  # noqa: E402
 
 GIB = 2**30
 
@@ -42,7 +43,7 @@ def own_options() -> argparse.ArgumentParser:
 def table(config: Config, vocab: int, options: argparse.Namespace) -> list[tuple[str, str]]:
     """What is printed, as (name, value)."""
     model, training, gpus = config.size, config.training, options.gpus
-    count = estimate.count_parameters(model, vocab)
+    count = count_parameters(model, vocab)
     full, causal = (estimate.flops_per_token(model, training.seq_length, vocab, kind) for kind in ("full", "causal"))
     memory = estimate.memory_per_rank(config, vocab, gpus)
     largest = estimate.max_micro_batch(config, vocab, gpus, options.memory_gib * GIB)

@@ -19,27 +19,21 @@ from typing import Literal
 
 from megatron_steel.config.check import data_parallel_size, virtual_chunks
 from megatron_steel.config.schema import Config, ModelConfig
+from megatron_steel.plan.parameters import (
+    before_layers,
+    count_parameters,
+    key_width,
+    layer_weights,
+    norm_weights,
+    query_width,
+    slot_products,
+)
 
 AttentionCount = Literal["full", "causal"]
 
 # Share of the device that stays free for the allocator's gaps, library workspaces, communication buffers and the
 # transient tensors of the backward pass.
 RESERVE = 0.10
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Parameters of a model.
-
-    ``matmul`` are those that work on every token in a matrix product: all layers' matrices and the LM head (the
-    embedding matrix itself when tied), but no norms, biases or input lookup.
-    """
-
-    total: int
-    embedding: int
-    output: int
-    per_layer: int
-    matmul: int
 
 
 @dataclass(frozen=True)
@@ -67,73 +61,28 @@ class RunTime:
     device_hours: float
 
 
-def head_width(model: ModelConfig) -> int:
-    """Channels of one attention head."""
-    return model.kv_channels or model.hidden_size // model.num_attention_heads
-
-
-def query_width(model: ModelConfig) -> int:
-    """Channels of all query heads together."""
-    return model.num_attention_heads * head_width(model)
-
-
-def key_width(model: ModelConfig) -> int:
-    """Channels of all key heads together; the same for values."""
-    return (model.num_query_groups or model.num_attention_heads) * head_width(model)
-
-
-def layer_matrices(model: ModelConfig) -> int:
-    """Weights of one layer's matrices: query, key, value, output projection, gate, up, down."""
-    attention = model.hidden_size * (2 * query_width(model) + 2 * key_width(model))
-    return attention + 3 * model.hidden_size * model.ffn_hidden_size
-
-
-def layer_bias(model: ModelConfig) -> int:
-    """Biases of one layer's query, key and value projections."""
-    return query_width(model) + 2 * key_width(model) if model.add_qkv_bias else 0
-
-
-def layer_norms(model: ModelConfig) -> int:
-    """Weights of one layer's norms."""
-    return 2 * model.hidden_size + (2 * head_width(model) if model.qk_layernorm else 0)
-
-
-def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
-    """Exact number of parameters.
-
-    ``vocab_size`` is the padded number of rows for what is trained, the unpadded one for what is exported.
-    """
-    embedding = vocab_size * model.hidden_size
-    output = embedding if model.untie_embeddings_and_output_weights else 0
-    per_layer = layer_matrices(model) + layer_bias(model) + layer_norms(model)
-    return ParameterCount(
-        total=embedding + model.num_layers * per_layer + model.hidden_size + output,
-        embedding=embedding,
-        output=output,
-        per_layer=per_layer,
-        matmul=model.num_layers * layer_matrices(model) + embedding,
-    )
-
-
 def flops_per_token(
     model: ModelConfig, seq_length: int, padded_vocab_size: int, attention: AttentionCount = "full"
 ) -> float:
     """Training FLOPs (forward + backward) per token at a sequence length; see the module's conventions."""
     keys = seq_length if attention == "full" else seq_length / 2
     scores = 12.0 * model.num_layers * query_width(model) * keys
-    return 6.0 * count_parameters(model, padded_vocab_size).matmul + scores
+    slots = 6.0 * model.num_layers * slot_products(model, seq_length)
+    return 6.0 * count_parameters(model, padded_vocab_size).matmul + scores + slots
 
 
 def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> int:
     """Parameters on one rank of a pipeline stage. Norms are whole on every tensor-parallel rank, the rest is split."""
     model, parallel = config.size, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layer = (layer_matrices(model) + layer_bias(model)) // tensor + layer_norms(model)
+    each = model.num_layers // stages
+    layers = sum(layer_weights(model, layer).on_rank(tensor) for layer in range(stage * each, (stage + 1) * each))
     table = padded_vocab_size * model.hidden_size // tensor
     first, last = stage == 0, stage == stages - 1
     # The last stage has a copy of a tied embedding, unless it is the first one too.
     tables = int(first) + int(last and (stages > 1 or model.untie_embeddings_and_output_weights))
-    return model.num_layers // stages * layer + tables * table + (model.hidden_size if last else 0)
+    ends = (before_layers(model) if first else 0) + (norm_weights(model) if last else 0)
+    return layers + tables * table + ends
 
 
 def layer_activation_bytes(config: Config, tokens: int) -> int:

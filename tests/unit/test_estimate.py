@@ -13,10 +13,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_steel.config.family import head_width
 from megatron_steel.config.presets import PRESETS
 from megatron_steel.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_steel.plan import estimate
-from megatron_steel.plan.estimate import count_parameters, flops_per_token, max_micro_batch, memory_per_rank, run_time
+from megatron_steel.plan.estimate import flops_per_token, max_micro_batch, memory_per_rank, run_time
+from megatron_steel.plan.parameters import count_parameters
 
 HF_CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -36,7 +38,7 @@ def hf_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
         num_key_value_heads=model.num_query_groups or model.num_attention_heads,
-        head_dim=estimate.head_width(model),
+        head_dim=head_width(model),
         tie_word_embeddings=not model.untie_embeddings_and_output_weights,
     )
     with torch.device("meta"):
@@ -73,6 +75,7 @@ def test_parameters_equal_transformers(model: ModelConfig) -> None:
 
 def test_known_sizes() -> None:
     assert count_parameters(preset("steel_1b"), 151936).total == 1_122_729_216
+    assert count_parameters(preset("mini_qwen_1b"), 151936).total == 998_810_624
     # The published number of unembedded and total parameters of Llama-3.2-1B and Llama-3-8B.
     assert count_parameters(preset("llama3.2_1b"), 128256).total == 1_235_814_400
     assert count_parameters(preset("llama3_8b"), 128256).total == 8_030_261_248
@@ -125,7 +128,7 @@ def test_flops_equal_a_counted_forward_pass() -> None:
     )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(2, length, dtype=torch.long))
-    rotary = 2 * estimate.head_width(model) // 2 * length * 2  # transformers makes its angles with a matrix product
+    rotary = 2 * head_width(model) // 2 * length * 2  # transformers makes its angles with a matrix product
     counted = counter.get_total_flops()
     expected = flops_per_token(model, length, vocab) / 3 * 2 * length
     assert expected <= counted <= expected + rotary * 2
