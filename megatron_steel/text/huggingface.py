@@ -101,7 +101,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def byte_lengths(self) -> np.ndarray:
         state = json.loads(self.backend_text())
-        byte_level = "ByteLevel" in step_types(state.get("pre_tokenizer")) | step_types(state.get("decoder"))
+        byte_level = is_byte_level(state)
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for piece, index in self._backend.get_vocab(with_added_tokens=False).items():
             if byte_level:
@@ -113,6 +113,15 @@ class HuggingFaceTokenizer(Tokenizer):
         for token in state["added_tokens"]:
             lengths[token["id"]] = 0 if token["special"] else len(token["content"].encode())
         return lengths
+
+    def piece(self, index: int) -> str | None:
+        return self._backend.id_to_token(index)
+
+    def parts(self, piece: str) -> list[int]:
+        # Pieces are not text: of a byte-level vocabulary they are bytes, often not even whole characters.
+        tokens = self._backend.model.tokenize(piece)
+        covered = tokens[-1].offsets[1] if tokens else 0
+        return [token.id for token in tokens] if covered == len(piece.encode()) else self.encode(piece)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -265,6 +274,16 @@ def step_types(step: dict[str, Any] | None) -> set[str]:
         return set()
     nested = [*step.get("pretokenizers", []), *step.get("decoders", [])]
     return {step["type"]}.union(*(step_types(item) for item in nested))
+
+
+def is_byte_level(state: dict[str, Any]) -> bool:
+    """Whether the pieces of a ``tokenizer.json`` are written with one character per byte."""
+    return "ByteLevel" in step_types(state.get("pre_tokenizer")) | step_types(state.get("decoder"))
+
+
+def is_byte_level_bpe(state: dict[str, Any]) -> bool:
+    """Whether a ``tokenizer.json`` is a byte-pair encoding of bytes, as those of GPT-2, Llama 3 and Qwen are."""
+    return is_byte_level(state) and state["model"]["type"] == "BPE" and bool(state.get("pre_tokenizer"))
 
 
 def without_defaults(value: Any) -> Any:

@@ -25,6 +25,8 @@ DESCRIPTION_FILE = "steel_tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 RANKS_FILE = "tokenizer.tiktoken"
 TIKTOKEN_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# How SentencePiece writes a space.
+SPACE = "\u2581"
 # The split of Qwen's tokenizer (its tokenizer.json, pre_tokenizer): single digits, words with one leading symbol.
 TIKTOKEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -71,6 +73,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def byte_lengths(self) -> np.ndarray:
         """int32 (vocab_size,): UTF-8 bytes of text each id stands for; 0 for special tokens and unused ids."""
+
+    def piece(self, index: int) -> str | None:
+        """What the tokenizer's files call an id below ``vocab_size``; None for one that is not used."""
+        raise ValueError(f"{self.name}: its vocabulary cannot be extended, control tokens come after the last id")
+
+    def parts(self, piece: str) -> list[int]:
+        """Ids that a piece of a larger vocabulary of the same kind has here."""
+        return self.encode(piece)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -137,8 +147,25 @@ class SentencePieceTokenizer(Tokenizer):
             if model.is_byte(index):
                 lengths[index] = 1
             elif not (model.is_control(index) or model.is_unknown(index) or model.is_unused(index)):
-                lengths[index] = len(model.id_to_piece(index).replace("\u2581", " ").encode())
+                lengths[index] = len(model.id_to_piece(index).replace(SPACE, " ").encode())
         return lengths
+
+    def piece(self, index: int) -> str | None:
+        return None if self._model.is_unused(index) else self._model.id_to_piece(index)
+
+    def normal_pieces(self) -> list[tuple[str, float]]:
+        """Pieces that stand for text, but for single bytes, with their scores."""
+        model = self._model
+        other = (model.is_byte, model.is_control, model.is_unknown, model.is_unused)
+        ids = (index for index in range(self.vocab_size) if not any(kind(index) for kind in other))
+        return [(model.id_to_piece(index), model.get_score(index)) for index in ids]
+
+    def parts(self, piece: str) -> list[int]:
+        text = piece.replace(SPACE, " ")
+        ids = self._model.encode(text.removeprefix(" "))
+        # The library puts a space before every text, here also before the pieces inside a word.
+        begins_word = piece.startswith(SPACE)
+        return ids[1:] if not begins_word and ids and self._model.id_to_piece(ids[0]) == SPACE else ids
 
     def fingerprint(self) -> str:
         return digest(self.name.encode(), self._model.serialized_model_proto())
