@@ -16,22 +16,30 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
-from megatron_steel.model.modules import (
-    RMSNorm,
-    TorchDotProductAttention,
-    TorchMLP,
-    TorchSelfAttention,
-    get_residual_add,
-)
+from megatron_steel.config.schema import ModelConfig
+from megatron_steel.model.attention import TorchDotProductAttention, TorchSelfAttention
+from megatron_steel.model.layer import get_residual_add
+from megatron_steel.model.mlp import TorchMLP
+from megatron_steel.model.norms import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from megatron_steel.runtime import device
+
+Uses = Callable[[ModelConfig], Any]
+# What only some backends have: how an error names it, whether a model has it, the backends that do.
+SPECIAL: tuple[tuple[str, Uses, tuple[str, ...]], ...] = (
+    ("--apply-layernorm-1p", lambda size: size.apply_layernorm_1p, ("torch", "transformer_engine")),
+)
 
 
 class TorchSpecProvider(LocalSpecProvider):
-    """megatron-core's parallel linear layers with PyTorch's attention kernels and our RMSNorm."""
+    """megatron-core's parallel linear layers with PyTorch's attention kernels and our norms."""
+
+    def __init__(self, zero_centred: bool = False) -> None:
+        """``zero_centred``: the weights of RMSNorm are stored less 1."""
+        self.rms_norm: type = ZeroCentredRMSNorm if zero_centred else RMSNorm
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        """RMSNorm everywhere; every family here uses it."""
-        return RMSNorm
+        """Our own, which may sit in a sequence-parallel region."""
+        return self.rms_norm if rms_norm else LayerNorm
 
     def core_attention(self) -> type:
         """Attention over ``scaled_dot_product_attention``."""
@@ -59,26 +67,39 @@ def have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def choose_backend(name: str) -> tuple[str, str]:
-    """Resolve ``auto`` and check a wish against the machine: (backend, one line saying why).
+def lacking(backend: str, size: ModelConfig) -> list[str]:
+    """What a model has and a backend has not."""
+    return [what for what, uses, backends in SPECIAL if backend not in backends and uses(size)]
 
-    Raises ``ValueError`` when ``transformer_engine`` is asked for and cannot run here.
+
+def choose_backend(name: str, size: ModelConfig) -> tuple[str, str]:
+    """Resolve ``auto`` and check a wish against the machine and the model: (backend, one line saying why).
+
+    Raises ``ValueError`` when ``transformer_engine`` is asked for and cannot run here, or when the backend that is
+    asked for lacks something the model has.
     """
     gpu, engine = device.has_gpu(), have_transformer_engine()
     if name == "transformer_engine" and not (gpu and engine):
         missing = "no GPU is visible" if not gpu else "the package transformer_engine is not installed"
         raise ValueError(f"--transformer-impl transformer_engine: {missing}; use --transformer-impl torch")
     if name != "auto":
+        if missing := lacking(name, size):
+            raise ValueError(
+                f"--transformer-impl {name} has no {' or '.join(missing)}, which this model needs; "
+                f"use --transformer-impl torch"
+            )
         return name, "asked for"
     if gpu and engine:
+        if missing := lacking("transformer_engine", size):
+            return "torch", f"Transformer Engine has no {' or '.join(missing)}"
         return "transformer_engine", "Transformer Engine and a GPU are there"
     return "torch", "no GPU" if not gpu else "Transformer Engine is not installed"
 
 
-def build_provider(name: str) -> BackendSpecProvider:
-    """The spec provider of a resolved backend name."""
+def build_provider(name: str, size: ModelConfig) -> BackendSpecProvider:
+    """The spec provider of a resolved backend name for a model."""
     if name == "transformer_engine":
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()
-    return {"torch": TorchSpecProvider, "local": LocalSpecProvider}[name]()
+    return TorchSpecProvider(size.apply_layernorm_1p) if name == "torch" else LocalSpecProvider()

@@ -11,14 +11,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
 from megatron_steel.config.schema import Config
 from megatron_steel.model.backends import build_provider, choose_backend
 from megatron_steel.model.cross_entropy import cross_entropy
-from megatron_steel.model.families import layer_spec, transformer_config
+from megatron_steel.model.families import transformer_config
 from megatron_steel.model.initialize import initialize_weights
+from megatron_steel.model.spec import layer_spec
 from megatron_steel.runtime.world import World
 
 # Parameters per gradient bucket when reduction overlaps the backward pass: megatron-core's own choice.
@@ -40,7 +42,7 @@ class LanguageModel(GPTModel):
     ) -> tuple[Any, ...]:
         """megatron-core's inputs of the decoder; the second is the rotary angles, [T, 1, 1, D] by token when packed."""
         inputs = super()._preprocess(position_ids=position_ids, packed_seq_params=packed_seq_params, **rest)
-        if packed_seq_params is None:
+        if packed_seq_params is None or inputs[1] is None:
             return inputs
         # Angles by token are what megatron-core's own rotation takes too, as long as their number is that of tokens.
         return (inputs[0], inputs[1].index_select(0, position_ids.flatten()), *inputs[2:])
@@ -94,15 +96,18 @@ def build_chunk(
     size, chunks = config.size, virtual_chunks(config) or 1
     first = world.pipeline_rank == 0 and stage in (None, 0)
     last = world.pipeline_rank == world.pipeline_size - 1 and stage in (None, chunks - 1)
+    before = get_transformer_layer_offset(options, stage, world.pipeline_rank)
+    layers = range(before, before + get_num_layers_to_build(options, stage, world.pipeline_rank))
     model = LanguageModel(
         options,
-        layer_spec(build_provider(backend), options, get_num_layers_to_build(options, stage, world.pipeline_rank)),
+        layer_spec(build_provider(backend, size), size, layers),
         vocab_size=padded_vocab_size(vocab_size, size.make_vocab_size_divisible_by, world.tensor_size),
         max_sequence_length=size.max_position_embeddings,
         pre_process=first,
         post_process=last,
         share_embeddings_and_output_weights=not size.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
+        position_embedding_type=size.position_embedding_type,
+        rotary_percent=size.rotary_percent,
         rotary_base=size.rotary_base,  # type: ignore[arg-type]
         rope_scaling=size.use_rope_scaling,
         rope_scaling_factor=size.rope_scaling_factor,
@@ -152,7 +157,7 @@ def build_model(config: Config, vocab_size: int, world: World, training: bool = 
     ``vocab_size`` is the number of real rows (the tokenizer's, or more). ``training`` wraps for data parallelism.
     Raises ``ValueError`` when the wished backend cannot run here.
     """
-    backend, reason = choose_backend(config.parallel.transformer_impl)
+    backend, reason = choose_backend(config.parallel.transformer_impl, config.size)
     options = transformer_config(config)
     chunks = virtual_chunks(config)
     stages: list[int | None] = list(range(chunks)) if chunks else [None]

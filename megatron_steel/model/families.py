@@ -1,25 +1,57 @@
-"""From sizes to megatron-core's own configuration and layer spec. Llama, Mistral, Qwen2 and Qwen3 differ only in
-switches (QKV bias, QK norm), so one spec serves all four.
-"""
+"""From sizes to megatron-core's own configuration. Families are switches of a model; none is mentioned here."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from megatron_steel.config.check import virtual_chunks
-from megatron_steel.config.schema import Config
-from megatron_steel.model.backends import layer_parts
+from megatron_steel.config.family import group_count, head_width
+from megatron_steel.config.model_schema import Activation
+from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.runtime import device
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def feed_forward_options(size: ModelConfig, on_gpu: bool) -> dict[str, Any]:
+    """megatron-core's settings of the feed-forward."""
+    return {
+        "ffn_hidden_size": size.ffn_hidden_size,
+        "gated_linear_unit": size.gated_linear_unit,
+        "activation_func": ACTIVATIONS[size.activation],
+        # Its fused GELU is the tanh form whatever the activation function says; only SwiGLU is the same when fused.
+        "bias_activation_fusion": on_gpu and size.activation == "silu" and size.gated_linear_unit,
+    }
+
+
+def attention_options(size: ModelConfig) -> dict[str, Any]:
+    """megatron-core's settings of the attention."""
+    layers = range(size.num_layers)
+    windowed = size.window_size is not None
+    return {
+        "num_attention_heads": size.num_attention_heads,
+        "num_query_groups": group_count(size),
+        "kv_channels": head_width(size),
+        "add_qkv_bias": size.add_qkv_bias,
+        "qk_layernorm": size.qk_layernorm,
+        "attention_dropout": size.attention_dropout,
+        "softmax_scale": size.softmax_scale,
+        # Tokens before and after this one. The lists have a number for each layer: 1 with a window, 1 without rotation.
+        "window_size": (size.window_size - 1, 0) if size.window_size is not None else None,
+        "window_attn_skip_freq": [int(i not in size.full_attention_layers) for i in layers] if windowed else None,
+        "no_rope_freq": [int(i in size.no_rope_layers) for i in layers] if size.no_rope_layers else None,
+    }
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -31,18 +63,12 @@ def transformer_config(config: Config) -> TransformerConfig:
     return TransformerConfig(
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
-        ffn_hidden_size=size.ffn_hidden_size,
-        num_attention_heads=size.num_attention_heads,
-        num_query_groups=size.num_query_groups or size.num_attention_heads,
-        kv_channels=size.kv_channels or size.hidden_size // size.num_attention_heads,
-        normalization="RMSNorm",
+        **attention_options(size),
+        **feed_forward_options(size, on_gpu),
+        normalization=size.normalization,
         layernorm_epsilon=size.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=size.add_qkv_bias,
-        qk_layernorm=size.qk_layernorm,
-        attention_dropout=size.attention_dropout,
+        layernorm_zero_centered_gamma=size.apply_layernorm_1p,
+        add_bias_linear=size.add_bias_linear,
         hidden_dropout=size.hidden_dropout,
         init_method_std=size.init_method_std,
         # Weights are filled by initialize.py, the same way for every layout. megatron-core still has to run its own
@@ -64,7 +90,6 @@ def transformer_config(config: Config) -> TransformerConfig:
         # apart (with the batched form they are swapped without an error).
         overlap_p2p_comm=chunks is not None,
         batch_p2p_comm=chunks is None,
-        bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -75,43 +100,3 @@ def transformer_config(config: Config) -> TransformerConfig:
 def leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     """An initialisation that does nothing."""
     return weight
-
-
-def layer_spec(provider: BackendSpecProvider, options: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    """``layers`` decoder layers and the final norm, built from a backend's modules.
-
-    Backends that fuse the norm into the following linear layer have no separate one; checkpoints use the fused names
-    for every backend (``sharded_state_dict_keys_map``), so they are interchangeable.
-    """
-    fused = provider.fuse_layernorm_and_linear()
-    norm = provider.layer_norm(rms_norm=True)
-    parts = layer_parts(provider)
-    head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if options.qk_layernorm else IdentityOp
-    linear_qkv = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
-    names = {
-        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-    }
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else norm,
-            self_attention=ModuleSpec(
-                module=parts.self_attention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=linear_qkv,
-                    core_attention=provider.core_attention(),
-                    linear_proj=provider.row_parallel_linear(),
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
-            self_attn_bda=parts.residual,
-            pre_mlp_layernorm=IdentityOp if fused else norm,
-            mlp=ModuleSpec(module=parts.mlp, submodules=get_mlp_module_spec_for_backend(provider).submodules),
-            mlp_bda=parts.residual,
-            sharded_state_dict_keys_map={} if fused else names,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

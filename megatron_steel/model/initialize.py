@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from megatron_steel.config.schema import ModelConfig
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+NORMS = ("norm.weight", "layer_norm_weight")
 # Projections back into the residual stream start smaller by sqrt(2 * layers) (GPT-2; Radford et al. 2019, 2.3).
 RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -34,12 +35,17 @@ def model_wide_name(model: GPTModel, name: str) -> str:
     return re.sub(r"^decoder\.layers\.(\d+)\.", renumber, name)
 
 
-def rank_share(full: Tensor, name: str, axis: int, rank: int, size: int) -> Tensor:
+def is_norm(name: str) -> bool:
+    """Whether a parameter is the weight of a norm, on its own or fused into a linear layer."""
+    return name.endswith(NORMS)
+
+
+def rank_share(full: Tensor, axis: int, rank: int, size: int, gated: bool) -> Tensor:
     """This rank's part of a full parameter along ``axis``.
 
     The gated first feed-forward matrix holds gate rows, then up rows; every rank gets its share of both.
     """
-    if name.endswith("linear_fc1.weight"):
+    if gated:
         gate, up = full.chunk(2, 0)
         return torch.cat((gate.chunk(size, 0)[rank], up.chunk(size, 0)[rank]))
     return full.chunk(size, axis)[rank]
@@ -53,12 +59,18 @@ def draw(shape: list[int], std: float, seed: int, name: str) -> Tensor:
 
 
 def initial_value(name: str, local: Tensor, size: ModelConfig, rows: int, seed: int, group: ProcessGroup) -> Tensor:
-    """The initial value of one parameter on this rank; ``rows`` is the vocabulary without padding."""
+    """The initial value of one parameter on this rank; ``rows`` is the vocabulary without padding.
+
+    A module that knows better marks its parameter: ``initial_value``, or ``initial_std`` of a normal distribution.
+    """
+    if hasattr(local, "initial_value"):
+        return torch.full_like(local, local.initial_value)
     if name.endswith("bias"):
         return torch.zeros_like(local)
-    if local.dim() == 1:
-        return torch.ones_like(local)
+    if is_norm(name):
+        return torch.full_like(local, 0.0 if size.apply_layernorm_1p else 1.0)
     std = size.init_method_std / (math.sqrt(2 * size.num_layers) if name.endswith(RESIDUAL) else 1.0)
+    std = getattr(local, "initial_std", std)
     if name in VOCABULARY:
         # Padding rows are zero: they are never trained and never counted in the loss.
         padded = torch.zeros(local.shape[0] * group.size(), local.shape[1])
@@ -70,7 +82,8 @@ def initial_value(name: str, local: Tensor, size: ModelConfig, rows: int, seed: 
     if split:
         shape[axis] *= group.size()
     full = draw(shape, std, seed, name)
-    return rank_share(full, name, axis, group.rank(), group.size()) if split else full
+    gated = size.gated_linear_unit and name.endswith("linear_fc1.weight")
+    return rank_share(full, axis, group.rank(), group.size(), gated) if split else full
 
 
 @torch.no_grad()

@@ -12,21 +12,29 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_steel.model.window import causal_attention
+
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, dropout: float, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedSeqParams,
+    dropout: float,
+    scale: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """query [T, N, D], key and value [T, G, D] -> [T, N, D]; no token sees another document or a later token.
 
-    ``packed.cu_seqlens_q`` holds the beginning of each document and T, int32 (documents + 1,).
+    ``packed.cu_seqlens_q`` holds the beginning of each document and T, int32 (documents + 1,). With a ``window`` a
+    token sees itself and the ``window - 1`` tokens before it.
     """
     kernel = None if query.is_cpu or query.dtype == torch.float32 or dropout else varlen_kernel()
     if kernel is None:
-        return document_attention(query, key, value, packed.cu_seqlens_q.tolist(), dropout, scale)
+        return document_attention(query, key, value, packed.cu_seqlens_q.tolist(), dropout, scale, window)
     return kernel(
         query,
         key,
@@ -36,7 +44,7 @@ def packed_attention(
         packed.max_seqlen_q,
         packed.max_seqlen_kv,
         scale=scale,
-        window_size=(-1, 0),  # everything before the token, nothing after it
+        window_size=(-1 if window is None else window - 1, 0),  # tokens before (all for -1) and after this one
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
@@ -60,17 +68,21 @@ def equal_runs(bounds: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def document_attention(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], dropout: float, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: list[int],
+    dropout: float,
+    scale: float | None,
+    window: int | None = None,
 ) -> Tensor:
-    """One call of ``scaled_dot_product_attention`` for each run of equally long documents; shapes as above."""
+    """One call of :func:`causal_attention` for each run of equally long documents; shapes as above."""
     runs = list(equal_runs(bounds))
     sizes = [documents * length for documents, length in runs]
     outputs = []
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), runs, strict=True)
     for q, k, v, (documents, length) in parts:
         heads_first = (x.unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            *heads_first, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = causal_attention(*heads_first, window, dropout, scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)

@@ -208,7 +208,7 @@ def prepare(config: Config) -> Prepared:
     Raises ``ValueError`` with one line for whatever the user has to change; nothing has been written then.
     """
     warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    choose_backend(config.parallel.transformer_impl)
+    choose_backend(config.parallel.transformer_impl, config.size)
     check_packages(config)
     checkpoint, weights_only = find_start(config, warnings)
     if checkpoint is not None:

@@ -11,14 +11,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_steel.model import blocks
-from megatron_steel.model.modules import (
-    RMSNorm,
-    RMSNormFunction,
-    SplitAndRotate,
-    SwiGLUFunction,
-    TorchDotProductAttention,
-    rotary_table,
-)
+from megatron_steel.model.attention import SplitAndRotate, TorchDotProductAttention, rotary_table
+from megatron_steel.model.mlp import SwiGLUFunction
+from megatron_steel.model.norms import RMSNorm, RMSNormFunction
 
 
 @pytest.fixture(autouse=True, params=[blocks.CACHED_ELEMENTS, 1, 100], ids=["whole", "rows", "blocks"])

@@ -1,32 +1,32 @@
-"""Modules of the ``torch`` layer backend: attention on PyTorch's fused kernels, rotary embedding, SwiGLU and RMSNorm.
+"""Self-attention of the ``torch`` layer backend: rotation in one pass, attention on PyTorch's fused kernels.
 
-Each is written as one autograd function over few passes: PyTorch without a compiler runs one pass over memory per
+Each of our functions is one autograd function over few passes: PyTorch without a compiler runs one pass over memory per
 operation, and on a CPU those passes are what is left to save next to the matrix products.
 
-Shapes: S sequence, B micro-batch, N query heads, G key/value heads, D head width, H hidden, F feed-forward width
-(all per rank).
+Shapes: S sequence, B micro-batch, N query heads, G key/value heads, D head width, H hidden, T tokens of packed
+documents (all per rank).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_steel.model.blocks import row_blocks
 from megatron_steel.model.packed import packed_attention
+from megatron_steel.model.window import causal_attention
 
 
 class TorchDotProductAttention(torch.nn.Module):
@@ -45,8 +45,12 @@ class TorchDotProductAttention(torch.nn.Module):
     ) -> None:
         """Arguments are those megatron-core passes to any core attention; no parameters are created."""
         super().__init__()
-        assert config.context_parallel_size == 1
+        assert config.context_parallel_size == 1 and config.softmax_type == "vanilla"
+        assert not config.apply_query_key_layer_scaling
         self.attn_mask_type = attn_mask_type
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        assert not windowed or config.window_size[1] == 0
+        self.window = config.window_size[0] + 1 if windowed else None
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -67,19 +71,22 @@ class TorchDotProductAttention(torch.nn.Module):
         of several documents, [T, N, D] and [T, G, D] -> [T, N * D], and each attends within its own.
         """
         assert attention_mask is None and attention_bias is None
+        dropout = self.dropout if self.training else 0.0
         if packed_seq_params is not None:
-            dropout = self.dropout if self.training else 0.0
-            return packed_attention(query, key, value, packed_seq_params, dropout, self.softmax_scale).flatten(1)
+            out_TND = packed_attention(query, key, value, packed_seq_params, dropout, self.softmax_scale, self.window)
+            return out_TND.flatten(1)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
-        out_BNSD = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
+        if not causal and self.window is not None:
+            assert query.shape[0] == 1
+            key, value = key[-self.window :], value[-self.window :]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if causal:
+            out_BNSD = causal_attention(query, key, value, self.window, dropout, self.softmax_scale)
+        else:
+            grouped = query.shape[1] != key.shape[1]
+            out_BNSD = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, scale=self.softmax_scale, enable_gqa=grouped
+            )
         return out_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
@@ -149,18 +156,23 @@ class SplitAndRotate(torch.autograd.Function):
 class TorchSelfAttention(SelfAttention):
     """megatron-core's self-attention with a short way through it for training.
 
-    Anything special (a key/value cache, QK norm, fewer key heads than ranks, recomputation) takes megatron-core's own
-    way. Parameters and checkpoint names are the same.
+    Anything special (a key/value cache, QK norm, fewer key heads than ranks, recomputation, part of a head rotated)
+    takes megatron-core's own way. Parameters and checkpoint names are the same.
     """
 
-    def is_plain(self) -> bool:
-        """Whether this layer is nothing but projection, rotation, attention, projection."""
+    def is_plain(self, rotary_pos_emb: Tensor | None) -> bool:
+        """Whether this layer is projection, rotation of whole heads by these angles, attention, projection."""
         config = self.config
         return (
-            isinstance(self.q_layernorm, IdentityOp | None)
+            isinstance(rotary_pos_emb, Tensor)
+            and rotary_pos_emb.shape[-1] == self.hidden_size_per_attention_head
+            and isinstance(self.q_layernorm, IdentityOp | None)
             and isinstance(self.k_layernorm, IdentityOp | None)
+            and isinstance(self.core_attention, TorchDotProductAttention)
             and config.num_query_groups >= self.world_size
-            and not (config.rotary_interleaved or config.attention_output_gate or config.no_rope_freq)
+            and not (config.rotary_interleaved or config.attention_output_gate)
+            and not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1])
+            and _yarn_get_concentration_factor_from_config(config) == 1.0
             and not self.checkpoint_core_attention
         )
 
@@ -177,7 +189,7 @@ class TorchSelfAttention(SelfAttention):
 
         With ``packed_seq_params`` B is 1 and ``rotary_pos_emb`` [S, 1, 1, D] holds the angles of each token.
         """
-        if inference_context is not None or rotary_pos_emb is None or not self.is_plain():
+        if inference_context is not None or not self.is_plain(rotary_pos_emb):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -186,6 +198,7 @@ class TorchSelfAttention(SelfAttention):
                 packed_seq_params=packed_seq_params,
                 **rest,
             )
+        assert rotary_pos_emb is not None
         mixed, _ = self.linear_qkv(hidden_states)
         packed = packed_seq_params is not None
         cos, sin = (packed_rotary_table if packed else rotary_table)(rotary_pos_emb, mixed.dtype)
@@ -195,109 +208,3 @@ class TorchSelfAttention(SelfAttention):
             context = self.core_attention(*parts, attention_mask, packed_seq_params=packed_seq_params)
             return self.linear_proj(context.unsqueeze(1))
         return self.linear_proj(self.core_attention(query, key, value, attention_mask))
-
-
-class SwiGLUFunction(torch.autograd.Function):
-    """silu(gate) * up for [gate | up] in one tensor (Shazeer 2020, eq. 6, without the projections)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """x [..., 2 F] -> [..., F]; keeps x only."""
-        ctx.save_for_backward(x)
-        result = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-        for both, out in row_blocks(x, result):
-            gate, up = both.chunk(2, -1)
-            torch.ops.aten.silu.out(gate, out=out).mul_(up)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Both halves of the gradient are written where they belong, so nothing is joined afterwards."""
-        (x,) = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        for both, grad, grad_both in row_blocks(x, grads[0], grad_x):
-            gate, up = both.chunk(2, -1)
-            grad_gate, grad_up = grad_both.chunk(2, -1)
-            torch.mul(F.silu(gate), grad, out=grad_up)
-            torch.ops.aten.silu_backward(grad * up, gate, grad_input=grad_gate)
-        return grad_x
-
-
-class TorchMLP(MLP):
-    """megatron-core's gated feed-forward around :class:`SwiGLUFunction`."""
-
-    def forward(
-        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **rest: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [S, B, H] -> the same shape, and the output projection's bias."""
-        config = self.config
-        if per_token_scale is not None or config.activation_func is not F.silu or not config.gated_linear_unit:
-            return super().forward(hidden_states, per_token_scale, **rest)
-        inner, bias = self.linear_fc1(hidden_states)
-        assert bias is None
-        return self.linear_fc2(SwiGLUFunction.apply(inner))
-
-
-def get_residual_add(training: bool, fused: bool) -> Callable[..., Tensor]:
-    """megatron-core's seam for bias + dropout + residual: a plain addition where there is neither bias nor dropout."""
-    general = get_bias_dropout_add(training, fused)
-
-    def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float) -> Tensor:
-        if x_with_bias[1] is not None or (training and probability > 0.0):
-            return general(x_with_bias, residual, probability)
-        return residual + x_with_bias[0]
-
-    return add
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps) * weight with statistics in fp32 (Zhang and Sennrich 2019, eq. 4).
-
-    Saves x and one number per row; PyTorch's composite form on CPU keeps and re-reads several tensors of x's size.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., H], weight [H] -> [..., H] in x's dtype."""
-        y, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-        for rows, out, inverse_rms in row_blocks(x, y, inverse):
-            wide = rows.float()
-            torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).unsqueeze(-1), out=inverse_rms)
-            out.copy_(wide * inverse_rms) if wide is not rows else torch.mul(wide, inverse_rms, out=out)
-            out.mul_(weight)
-        ctx.save_for_backward(x, weight, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        """dx = (dy * weight - x * mean(dy * weight * x) / rms^2) / rms; dweight = sum over rows of dy * x / rms."""
-        x, weight, inverse = ctx.saved_tensors
-        wide_weight = weight.float()
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(wide_weight)
-        everything = (part.flatten(0, -2) for part in (x, grads[0], inverse, grad_x))
-        for rows, grad, inverse_rms, out in row_blocks(*everything):
-            rows, grad = rows.float(), grad.float()
-            product = grad * rows
-            grad_weight.addmv_(product.t(), inverse_rms.squeeze(-1))
-            shared = torch.mv(product, wide_weight).unsqueeze(-1).mul_(inverse_rms.square()).div_(-x.shape[-1])
-            inner = torch.mul(rows, shared, out=product).addcmul_(grad, wide_weight)
-            out.copy_(inner.mul_(inverse_rms)) if out.dtype != inner.dtype else torch.mul(inner, inverse_rms, out=out)
-        return grad_x, grad_weight.to(weight.dtype), None
-
-
-class RMSNorm(torch.nn.Module):
-    """RMSNorm that may sit in a sequence-parallel region (megatron-core's wrapper around torch's norm refuses that)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        """``hidden_size`` is the width of the last axis; other arguments of the seam do not apply to RMSNorm."""
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each rank sees a part of the sequence: megatron-core sums such gradients over the tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] -> [..., H]."""
-        if x.is_cpu:
-            return RMSNormFunction.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)

@@ -1,0 +1,54 @@
+"""Feed-forward of the ``torch`` layer backend: SwiGLU as one autograd function; all others are megatron-core's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+from megatron_steel.model.blocks import row_blocks
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """silu(gate) * up for [gate | up] in one tensor (Shazeer 2020, eq. 6, without the projections)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x [..., 2 F] -> [..., F]; keeps x only."""
+        ctx.save_for_backward(x)
+        result = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        for both, out in row_blocks(x, result):
+            gate, up = both.chunk(2, -1)
+            torch.ops.aten.silu.out(gate, out=out).mul_(up)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Both halves of the gradient are written where they belong, so nothing is joined afterwards."""
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        for both, grad, grad_both in row_blocks(x, grads[0], grad_x):
+            gate, up = both.chunk(2, -1)
+            grad_gate, grad_up = grad_both.chunk(2, -1)
+            torch.mul(F.silu(gate), grad, out=grad_up)
+            torch.ops.aten.silu_backward(grad * up, gate, grad_input=grad_gate)
+        return grad_x
+
+
+class TorchMLP(MLP):
+    """megatron-core's feed-forward, around :class:`SwiGLUFunction` where that is its activation."""
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **rest: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [S, B, H] -> the same shape, and the output projection's bias."""
+        config = self.config
+        swiglu = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
+        if per_token_scale is not None or not swiglu:
+            return super().forward(hidden_states, per_token_scale, **rest)
+        inner, bias = self.linear_fc1(hidden_states)
+        assert bias is None
+        return self.linear_fc2(SwiGLUFunction.apply(inner))

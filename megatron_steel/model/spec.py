@@ -1,0 +1,101 @@
+"""The decoder layers of a model, each from its number: which attention, which feed-forward, which norms.
+
+Backends that fuse the norm into the following linear layer have no separate one; checkpoints use the fused names for
+every backend (``sharded_state_dict_keys_map``), so they are interchangeable. ``layer`` counts from 0 over the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_steel.config.schema import ModelConfig
+from megatron_steel.model.backends import layer_parts
+from megatron_steel.model.layer import DecoderLayer, DecoderLayerSubmodules
+
+
+def layer_spec(provider: BackendSpecProvider, size: ModelConfig, layers: Sequence[int]) -> TransformerBlockSubmodules:
+    """These decoder layers and the final norm, built from a backend's modules."""
+    return TransformerBlockSubmodules(
+        layer_specs=[choose_layer(provider, size, layer) for layer in layers], layer_norm=norm(provider, size)
+    )
+
+
+def norm(provider: BackendSpecProvider, size: ModelConfig, **more: bool) -> type:
+    """The norm of the model; ``for_qk=True`` for one on heads."""
+    return provider.layer_norm(rms_norm=size.normalization == "RMSNorm", **more)
+
+
+def fuses_norms(provider: BackendSpecProvider, size: ModelConfig) -> bool:
+    """Whether the norms before attention and feed-forward belong to the linear layers behind them."""
+    return provider.fuse_layernorm_and_linear() and size.norm_placement != "post"
+
+
+def first_linear(provider: BackendSpecProvider, size: ModelConfig) -> type | None:
+    """The linear layer behind the norm of a branch, with that norm where the backend fuses it."""
+    if fuses_norms(provider, size):
+        return provider.column_parallel_layer_norm_linear()
+    return provider.column_parallel_linear()
+
+
+def choose_attention(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:
+    """The attention of a layer."""
+    head_norm = norm(provider, size, for_qk=True) if size.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=layer_parts(provider).self_attention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=first_linear(provider, size),
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
+def choose_mlp(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:
+    """The feed-forward of a layer."""
+    return ModuleSpec(
+        module=layer_parts(provider).mlp,
+        submodules=MLPSubmodules(linear_fc1=first_linear(provider, size), linear_fc2=provider.row_parallel_linear()),
+    )
+
+
+def choose_layer(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:
+    """A decoder layer: megatron-core's own where it has the norms and the residual of the family."""
+    before = norm(provider, size) if size.norm_placement != "post" else IdentityOp
+    after = norm(provider, size) if size.norm_placement != "pre" else IdentityOp
+    fused = fuses_norms(provider, size)
+    residual = layer_parts(provider).residual
+    names = {
+        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    mlp = choose_mlp(provider, size, layer)
+    special: dict[str, Any] = {"parallel_residual": True} if size.parallel_residual else {}
+    ours = special or after is not IdentityOp or getattr(mlp.module, "reads_sequence", False)
+    return ModuleSpec(
+        module=DecoderLayer if ours else TransformerLayer,
+        params=special,
+        submodules=DecoderLayerSubmodules(
+            input_layernorm=IdentityOp if fused else before,
+            self_attention=choose_attention(provider, size, layer),
+            self_attn_bda=residual,
+            post_self_attn_layernorm=after,
+            pre_mlp_layernorm=IdentityOp if fused else before,
+            mlp=mlp,
+            mlp_bda=residual,
+            post_mlp_layernorm=after,
+            sharded_state_dict_keys_map={} if fused else names,
+        ),
+    )

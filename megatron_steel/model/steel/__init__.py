@@ -1,0 +1,1 @@
+"""Feed-forwards of Steel-LLM: double SwiGLU and soft mixtures of experts."""
