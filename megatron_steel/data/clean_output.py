@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from megatron_steel.data.clean_datatrove import Document, PipelineStep
 from megatron_steel.data.clean_dedup import KINDS, removal_examples
-from megatron_steel.data.indexed import sync_directory
+from megatron_steel.text.files import replacement, sync, write_json, write_text
 
 HEAVY = ("kept", "places", "counts", "exact", "minhash", "removed", "shards", "out")
 
@@ -41,19 +40,18 @@ class WriteShards(PipelineStep):
 
     def _shard(self, number: int, count: int, lines: Iterator[bytes]) -> None:
         name = f"part-{number:05d}.jsonl" + (".zst" if self.compression == "zstd" else "")
-        path, temporary = self.work / "out" / name, self.work / "out" / f"{name}.tmp"
-        size = 0
-        with open(temporary, "wb") as file:
-            with compressed(file, self.compression) as stream:
-                for _ in range(count):
-                    line = next(lines)
-                    size += len(line)
-                    stream.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        path, size = self.work / "out" / name, 0
+        with (
+            replacement(path) as temporary,
+            open(temporary, "wb") as file,
+            compressed(file, self.compression) as stream,
+        ):
+            for _ in range(count):
+                line = next(lines)
+                size += len(line)
+                stream.write(line)
         entry = {"name": name, "lines": count, "bytes": path.stat().st_size, "json_bytes": size, "sha256": sha256(path)}
-        (self.work / "shards" / f"{number:05d}.json").write_text(json.dumps(entry), encoding="utf-8")
+        write_text(self.work / "shards" / f"{number:05d}.json", json.dumps(entry))
 
 
 class Publish(PipelineStep):
@@ -86,10 +84,11 @@ class Publish(PipelineStep):
             write_lines(out / "contamination.jsonl", hits)
             write_lines(out / "duplicates.jsonl", map(names.resolve, removal_examples(self.work, tasks)))
             write_lines(out / "bad_lines.jsonl", report["input"]["bad_line_list"])
-            sync_directory(out)
+            sync(out)
             out.rename(self.output)
-            sync_directory(self.output.parent)
+            sync(self.output.parent)
         if self.report is not None:
+            self.report.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.report, report)
         write_json(self.work / "report.json", report)
         for folder in HEAVY:
@@ -222,26 +221,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, synced, and rename."""
-    write_parts(path, [(json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()])
-
-
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines; no file when there are none."""
+    """Write JSON lines atomically; no file when there are none."""
     lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     first = next(lines, None)
     if first is not None:
-        write_parts(path, itertools.chain([first], lines))
-
-
-def write_parts(path: Path, parts: Iterable[bytes]) -> None:
-    """Write under a temporary name in the same folder, synced, and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+        with replacement(path) as temporary, open(temporary, "wb") as file:
+            file.writelines(itertools.chain([first], lines))

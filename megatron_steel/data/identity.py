@@ -54,9 +54,16 @@ class Candidate:
 def known_hash(reader: IndexedReader, read_all: bool, verify: bool) -> str | None:
     """The full hash as far as it is known: from the sidecar, or from the file when `read_all`.
 
-    verify: read the file even if the sidecar has the hash. Raises ValueError if they differ.
+    verify: read the files even if the sidecar has their hashes. Raises ValueError if they differ.
     """
-    recorded = (reader.sidecar or {}).get(SIDECAR_FIELD)
+    facts = reader.sidecar or {}
+    recorded, index = facts.get(SIDECAR_FIELD), facts.get("idx_sha256")
+    # The name of a source does not hold the hash of the index, as those of older checkpoints do not.
+    if read_all and verify and index is not None and hash_file(reader.idx_path) != index:
+        raise ValueError(
+            f"{reader.idx_path}: it is not the index that was written ({reader.prefix}.json has another sha256); "
+            "restore the file, or preprocess the text again"
+        )
     if recorded is not None and not (read_all and verify):
         return str(recorded)
     if not read_all:

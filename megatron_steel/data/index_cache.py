@@ -14,7 +14,6 @@ import json
 import os
 import struct
 import sys
-import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_steel import __version__
-from megatron_steel.data.indexed import IndexedReader, sync_directory
+from megatron_steel.data.indexed import IndexedReader
 from megatron_steel.data.opened import Opened, mapped, stamp_of
+from megatron_steel.text.files import replacement
 
 # Raise it when an index of the same data is made differently: files of another version are not looked at.
 VERSION = 1
@@ -137,17 +137,10 @@ class IndexCache:
         """Write a file under a name that no other process uses, and rename it when it is whole on the disk."""
         if not self._writable:
             return
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with open(temporary, "xb") as stream:
-                for part in parts:
-                    stream.write(part)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-            sync_directory(path.parent)
+            with replacement(path, unique=True, sync_folder=True) as temporary, open(temporary, "wb") as stream:
+                stream.writelines(parts)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             self._give_up(error)
 
     def _say(self, text: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_steel.data.opened import Opened, mapped, stamp_of
+from megatron_steel.text.files import sync, write_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -317,22 +318,28 @@ class IndexedWriter:
         return self._hash.hexdigest()
 
     def commit(self, sidecar: dict[str, Any] | None = None) -> None:
-        """Finish the dataset; also writes ``PREFIX.json`` when a sidecar is given. ``ValueError`` without tokens."""
+        """Finish the dataset. ``ValueError`` without tokens.
+
+        sidecar: what to write to ``PREFIX.json``; ``idx_sha256``, the hash of the index, is added to it.
+        """
         if self.num_tokens == 0:
             self.abort()
             raise ValueError(f"{self.prefix}: nothing to write, there are no tokens")
         close_synced(self._streams["bin"])
-        with open(self._temporary["idx"], "wb") as stream:
+        with open(self._temporary["idx"], "w+b") as stream:
             self._write_index(stream)
             stream.flush()
             os.fsync(stream.fileno())
+            if sidecar is not None:
+                stream.seek(0)
+                sidecar["idx_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
         # An index of an earlier run must not describe the new data, not even for a moment.
         self._idx_path.unlink(missing_ok=True)
         os.replace(self._temporary["bin"], self._bin_path)
         if sidecar is not None:
             write_sidecar(self.prefix, sidecar)
         os.replace(self._temporary["idx"], self._idx_path)
-        sync_directory(self._idx_path.parent)
+        sync(self._idx_path.parent)
         self.abort()
 
     def _write_index(self, stream: BinaryIO) -> None:
@@ -368,15 +375,6 @@ def close_synced(stream: BinaryIO) -> None:
     stream.close()
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def read_sidecar(prefix: str) -> dict[str, Any] | None:
     """``PREFIX.json`` as written by preprocessing, or None when there is none (a dataset from Megatron-LM)."""
     path = Path(f"{prefix}.json")
@@ -392,9 +390,5 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
 
 
 def write_sidecar(prefix: str, value: dict[str, Any]) -> None:
-    """Write ``PREFIX.json`` under a temporary name, fsync it and rename it."""
-    path, temporary = Path(f"{prefix}.json"), Path(f"{prefix}.json.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-        close_synced(stream)
-    os.replace(temporary, path)
+    """Write ``PREFIX.json`` atomically."""
+    write_json(Path(f"{prefix}.json"), value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_steel.data.duplicates import hash_file
 from megatron_steel.data.indexed import IndexedReader, IndexedWriter, read_sidecar
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.progress import ByteProgress
@@ -59,7 +60,7 @@ def verify(prefix: str, given: Expected, limit: int = 100) -> tuple[list[str], l
     """Read all of a dataset; return lines about problems (none: it is sound) and notes about what was not checked.
 
     Checked: the index against the data, ids in the vocabulary, the end-of-document id at the end of every document,
-    and the sidecar with the hash of all tokens. ``given`` comes before what the sidecar says.
+    and the sidecar with the hashes of both files. ``given`` comes before what the sidecar says.
     """
     try:
         reader = IndexedReader(prefix)
@@ -86,9 +87,12 @@ def verify(prefix: str, given: Expected, limit: int = 100) -> tuple[list[str], l
         "dtype": str(reader.dtype),
         "bin_sha256": digest,
     }
+    if "idx_sha256" in facts:  # sidecars of earlier versions do not have it
+        actual["idx_sha256"] = hash_file(reader.idx_path)
     for key, value in actual.items():
         if sidecar is not None and facts.get(key) != value:
-            problems.add(f"{prefix}.json: {key} is {facts.get(key)!r}, {reader.bin_path} has {value!r}")
+            path = reader.idx_path if key == "idx_sha256" else reader.bin_path
+            problems.add(f"{prefix}.json: {key} is {facts.get(key)!r}, {path} has {value!r}")
     return problems.lines(), notes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,25 @@ def test_a_flipped_byte_is_caught_at_the_ends_at_once_and_in_the_middle_by_the_f
     ledger = run([prefix])
     flip(prefix, MIDDLE * 4)
     ledger.check(open_data([prefix], ledger).train, 64)
+
+
+def test_a_moved_document_boundary_in_the_middle_of_the_index_is_caught_by_the_full_hash(tmp_path: Path) -> None:
+    """The index stays a valid one: one document loses its only sequence to the next."""
+    prefix = write(tmp_path / "a")
+    ledger, before = run([prefix]), Path(f"{prefix}.idx").stat()
+    with open(f"{prefix}.idx", "r+b") as stream:
+        stream.seek(-8 * DOCUMENTS // 2, os.SEEK_END)
+        place, bound = stream.tell(), int.from_bytes(stream.read(8), "little")
+        stream.seek(place)
+        stream.write((bound - 1).to_bytes(8, "little"))
+    assert Path(f"{prefix}.idx").stat().st_size == before.st_size
+    ledger.check(open_data([prefix], ledger).train, 64)  # as documented
+    with pytest.raises(ValueError, match="a.idx: it is not the index that was written"):
+        open_data([prefix], ledger, full=True)
+    # A sidecar of an earlier version has no hash of the index.
+    facts = json.loads(Path(f"{prefix}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps({"bin_sha256": facts["bin_sha256"]}))
+    ledger.check(open_data([prefix], ledger, full=True).train, 64)
 
 
 def test_a_lost_sidecar_changes_nothing(tmp_path: Path) -> None:

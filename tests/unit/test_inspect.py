@@ -138,6 +138,11 @@ def test_the_sidecar_must_agree(tmp_path: Path) -> None:
     write_sidecar(prefix, facts | {"documents": 7, "tokens": 12, "dtype": "int32"})
     problems, _ = verify(prefix, Expected())
     assert [line.split()[1] for line in problems] == ["documents", "tokens", "dtype", "bin_sha256"]
+    boundaries = write(tmp_path / "b", [[1, EOD], [EOD], [2, EOD]], sidecar=True)
+    index = Path(f"{boundaries}.idx").read_bytes()
+    Path(f"{boundaries}.idx").write_bytes(index[:-16] + (1).to_bytes(8, "little") + index[-8:])
+    problems, _ = verify(boundaries, Expected())
+    assert len(problems) == 1 and problems[0].startswith(f"{boundaries}.json: idx_sha256 is '")
 
 
 def test_damaged_files_are_problems_and_not_crashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
