@@ -54,7 +54,7 @@ def train(texts: Sequence[str], vocab_size: int, output: Path) -> int:
     """Train, write ``tokenizer.json`` and ``tokenizer_config.json``, and return the vocabulary's size."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    from megatron_steel.text.tokenizer import write_atomic, write_json
+    from megatron_steel.text.files import write_bytes, write_json
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
@@ -74,7 +74,7 @@ def train(texts: Sequence[str], vocab_size: int, output: Path) -> int:
     )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     output.mkdir(parents=True, exist_ok=True)
-    write_atomic(output / "tokenizer.json", (tokenizer.to_str(pretty=True) + "\n").encode())
+    write_bytes(output / "tokenizer.json", (tokenizer.to_str(pretty=True) + "\n").encode())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 1_000_000_000,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from megatron_steel.text import files as text_files
+from megatron_steel.text.files import sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -51,15 +53,6 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Force a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def free_bytes(directory: Path) -> int:
     """Free bytes of the disk that a directory is on, or will be on when it does not exist yet."""
     while not directory.exists():
@@ -68,17 +61,13 @@ def free_bytes(directory: Path) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
+    """Replace a text file atomically; its new name, too, is on the disk afterwards."""
+    text_files.write_text(path, text, sync_folder=True)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Replace a JSON file atomically."""
-    write_text(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+    """Replace a JSON file like a text file."""
+    text_files.write_json(path, values, indent=1, sync_folder=True)
 
 
 def list_files(checkpoint: Path) -> list[Path]:

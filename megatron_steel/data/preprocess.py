@@ -35,6 +35,7 @@ from megatron_steel.data.records import COLUMNS
 from megatron_steel.data.shards import ShardRecord, ShardWork, WorkFolder
 from megatron_steel.data.workers import Aside, run_work
 from megatron_steel.text.fast import FastEncoder, IdsDiffer, ReferenceEncoder, fast_encoder
+from megatron_steel.text.files import sync
 from megatron_steel.text.sentences import CHINESE, Splitter, make_splitter
 from megatron_steel.text.tokenizer import Tokenizer, build_tokenizer
 
@@ -268,6 +269,7 @@ class Run:
         self._check_written()
         rejected = Path(f"{self.options.output_prefix}.rejected.jsonl")
         if self.totals.rejected:
+            sync(self.folder.all_rejected_path)
             os.replace(self.folder.all_rejected_path, rejected)
         else:
             rejected.unlink(missing_ok=True)  # it would be an earlier run's

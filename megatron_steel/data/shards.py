@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from megatron_steel.data.indexed import IndexedWriter, close_synced
 from megatron_steel.data.letters import no_letters
 from megatron_steel.data.readers import Task, read_task
 from megatron_steel.text.fast import IdsDiffer
+from megatron_steel.text.files import write_text
 
 PARTS = ("tokens", "lengths", "sequences")
 PROGRESS_SECONDS = 0.5
@@ -107,7 +107,7 @@ class WorkFolder:
         for entry in self.path.iterdir():
             if entry.name != "lock":
                 entry.unlink()
-        write_record(self.path / "manifest.json", manifest)
+        write_text(self.path / "manifest.json", json.dumps(manifest))
 
     def finished(self) -> list[int]:
         """Numbers of the tasks whose shards are complete."""
@@ -249,17 +249,7 @@ class ShardFiles:
             key.sha256 = [total.hexdigest() for total in hashes]
         if self._rejected is not None:
             close_synced(self._rejected)
-        write_record(self.folder.record_path(self.number), asdict(record))
-
-
-def write_record(path: Path, value: dict[str, Any]) -> None:
-    """Write a small JSON file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+        write_text(self.folder.record_path(self.number), json.dumps(asdict(record)))
 
 
 def file_sha256(path: Path) -> str:

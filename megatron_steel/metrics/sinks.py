@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.schema import Config
+from megatron_steel.text.files import write_text
 
 Row = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
@@ -261,12 +262,7 @@ def wandb_identity(save: Path) -> str:
         return identity
     identity = uuid.uuid4().hex[:8]
     save.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(identity + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_text(path, identity + "\n")
     return identity
 
 

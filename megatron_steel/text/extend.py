@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_steel.text.files import write_bytes, write_json
 from megatron_steel.text.huggingface import SAVED_FILES, is_byte_level_bpe
 from megatron_steel.text.merges import learn_merges
-from megatron_steel.text.tokenizer import SentencePieceTokenizer, Tokenizer, read_bytes, write_atomic, write_json
+from megatron_steel.text.tokenizer import SentencePieceTokenizer, Tokenizer, read_bytes
 
 USER_DEFINED = 4
 # They repeat the vocabulary and would be out of date; AutoTokenizer needs tokenizer.json alone.
@@ -79,7 +80,7 @@ def extend_folder(
     output.mkdir(parents=True, exist_ok=True)
     for name in SAVED_FILES:
         if (folder / name).is_file() and name not in (*REPEATED_FILES, "tokenizer_config.json", "tokenizer.json"):
-            write_atomic(output / name, (folder / name).read_bytes())
+            write_bytes(output / name, (folder / name).read_bytes())
     write_json(output / "tokenizer.json", state)
     write_json(output / "tokenizer_config.json", extended_config(folder, state["added_tokens"]))
     return used
@@ -159,7 +160,7 @@ def extend_sentencepiece(path: Path, output: Path, others: Sequence[Path], token
     if count == model.vocab_size:
         raise ValueError(f"--extend {path}: nothing to add that it does not have")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, content)
+    write_bytes(output, content)
     return count
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_steel.text.tokenizer import TIKTOKEN_PATTERN, Tokenizer, copy_file, digest
+from megatron_steel.text.files import copy_file
+from megatron_steel.text.tokenizer import TIKTOKEN_PATTERN, Tokenizer, digest
 
 # Classes and configuration keys for which AutoTokenizer takes tokenizer.json unchanged.
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")

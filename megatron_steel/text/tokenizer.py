@@ -10,8 +10,6 @@ import base64
 import binascii
 import hashlib
 import json
-import os
-import shutil
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megatron_steel.text.files import write_bytes, write_json
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer")
 DESCRIPTION_FILE = "steel_tokenizer.json"
@@ -171,7 +171,7 @@ class SentencePieceTokenizer(Tokenizer):
         return digest(self.name.encode(), self._model.serialized_model_proto())
 
     def save_files(self, directory: Path) -> None:
-        write_atomic(directory / SENTENCEPIECE_FILE, self._model.serialized_model_proto())
+        write_bytes(directory / SENTENCEPIECE_FILE, self._model.serialized_model_proto())
 
 
 class TikTokenizer(Tokenizer):
@@ -216,7 +216,7 @@ class TikTokenizer(Tokenizer):
         return digest(settings, self._ranks_bytes())
 
     def save_files(self, directory: Path) -> None:
-        write_atomic(directory / RANKS_FILE, self._ranks_bytes())
+        write_bytes(directory / RANKS_FILE, self._ranks_bytes())
 
 
 class NullTokenizer(Tokenizer):
@@ -323,27 +323,3 @@ def digest(*parts: bytes) -> str:
         total.update(len(part).to_bytes(8, "little"))
         total.update(part)
     return total.hexdigest()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name in its directory, fsync it and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a small JSON file atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file atomically; copying a file onto itself leaves it as it is."""
-    if target.exists() and source.samefile(target):
-        return
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)

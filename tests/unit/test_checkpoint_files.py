@@ -29,7 +29,8 @@ from megatron_steel.checkpoint.files import (
     write_text,
 )
 
-STEPS = ((os, "open"), (os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (Path, "write_text"))
+CALLS = ("open", "fsync", "rename", "replace", "unlink", "rmdir")
+STEPS = (*((os, name) for name in CALLS), (Path, "write_bytes"))
 
 
 class Killed(BaseException):
@@ -56,14 +57,14 @@ def make(root: Path, *iterations: int) -> None:
 def killed_at(monkeypatch: pytest.MonkeyPatch, number: int, halfway: bool = False) -> Iterator[list[str]]:
     """Raise :class:`Killed` instead of the ``number``-th file system step; yields the steps taken.
 
-    ``halfway``: when that step writes a file, half of the text gets there.
+    ``halfway``: when that step writes a file, half of it gets there.
     """
     steps: list[str] = []
 
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def step(*args: Any, **keywords: Any) -> Any:
             if len(steps) == number:
-                if halfway and name == "write_text":
+                if halfway and name == "write_bytes":
                     original(args[0], args[1][: len(args[1]) // 2], **keywords)
                 steps.append(name)
                 raise Killed(name)
@@ -92,7 +93,7 @@ def kill_everywhere(monkeypatch: pytest.MonkeyPatch, root: Path, start: tuple[in
     newest = checkpoint_directory(root, start[-1]).name
     steps: list[str] = []
     for number, halfway in ((number, halfway) for number in range(200) for halfway in (False, True)):
-        if halfway and steps[-1] == "killed" and steps[-2] != "write_text":
+        if halfway and steps[-1] == "killed" and steps[-2] != "write_bytes":
             continue
         here = root / f"{number}{halfway}"
         make(here, *start)
@@ -155,8 +156,10 @@ def test_everything_is_on_disk_before_it_gets_its_name(monkeypatch: pytest.Monke
         events.append(("rename", Path(target).name))
         real_rename(source, target)
 
-    monkeypatch.setattr(files, "sync", sync)
+    for module in (files, files.text_files):
+        monkeypatch.setattr(module, "sync", sync)
     monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
     root = tmp_path / "run"
     publish(root, 7, write(root, 7))
     named = events.index(("rename", "iter_0000007"))
