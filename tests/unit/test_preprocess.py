@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_steel.data import preprocess as module
-from megatron_steel.data.encode import Encoder
+from megatron_steel.data.encode import Encoder, KeyTokens
 from megatron_steel.data.indexed import IndexedReader, IndexedWriter
 from megatron_steel.data.pieces import Block
 from megatron_steel.data.preprocess import preprocess
@@ -241,6 +241,33 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path, rows: list[Any], monkeyp
         preprocess(options(tmp_path))
     first.close()
     preprocess(options(tmp_path))
+
+
+ODD_LINES = st.sampled_from(
+    [b"", b" ", b"{}", b'{"text": 3}', b'{"text": null}', b'{"text": ["a", "b"]}', b'["text"]', b'"text"', b"[",
+     b"\xff", b'{"text": "\\ud800"}', b'{"text": NaN}', b'{"text": ""}', b'{"text": "x"}\r', b"\xef\xbb\xbf{}"]
+)  # fmt: skip
+LINES = st.one_of(st.text(max_size=9).map(lambda text: json.dumps({"n": 1, "text": text}).encode()), ODD_LINES)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(LINES, max_size=6), st.booleans(), st.booleans())
+def test_the_short_way_through_a_block_gives_what_the_careful_one_does(
+    lines: list[bytes], ends: bool, append_eod: bool
+) -> None:
+    tokenizer = build_tokenizer(*TOKENIZER)
+    short, careful = (
+        Encoder(ReferenceEncoder(tokenizer), ["text"], tokenizer.eod_id if append_eod else None, np.dtype(np.int32))
+        for _ in range(2)
+    )
+    careful._plain = lambda block: None  # type: ignore[method-assign]
+    block = Block("f", 1, b"\n".join(lines) + b"\n" * ends)
+    one, other = vars(short.encode(block)), vars(careful.encode(block))
+    for parts in (one.pop("by_key"), other.pop("by_key")):
+        for name, value in vars(parts["text"]).items():
+            one.setdefault(name, []).append(np.asarray(value).tolist())
+    assert all(first == second for first, second in (one.pop(name) for name in vars(KeyTokens(*[None] * 5))))  # type: ignore[arg-type]
+    assert one == other
 
 
 def double(item: int, report: Any) -> int:
