@@ -82,7 +82,8 @@ def initial_value(name: str, local: Tensor, size: ModelConfig, rows: int, seed: 
     if split:
         shape[axis] *= group.size()
     full = draw(shape, std, seed, name)
-    gated = size.gated_linear_unit and name.endswith("linear_fc1.weight")
+    # Three axes: experts, which are divided whole.
+    gated = size.gated_linear_unit and local.dim() == 2 and name.endswith("linear_fc1.weight")
     return rank_share(full, axis, group.rank(), group.size(), gated) if split else full
 
 

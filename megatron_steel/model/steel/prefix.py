@@ -1,16 +1,13 @@
-"""Experts over prefix means, the costly half of the causal soft mixture, as one autograd function.
+"""Means over all tokens up to each one: what makes a soft mixture of experts causal.
 
-Slot k of token t is a mean over the tokens up to t, and an expert's first matrix is linear: tokens are projected first,
-by one matrix product for all experts, and the means are taken of the projections P:
+Slot k of token t holds a mean over the tokens up to t, and an expert's first matrix is linear: tokens are projected
+first, by one matrix product for all experts, and the means are taken of the projections P:
 
     U_tk = (sum over i <= t of a_ik P_ik) / M_tk
-    y_t  = sum over k of C_tk E2_k(silu(U_gate) * U_up)
 
-with a the weight of a token in a slot, M the sum of weights so far, C the weight of a slot in a token's output, and E2
-the second half of an expert: V -> silu(V_gate) * V_up (double SwiGLU) or just the projection V (SwiGLU).
+with a the weight of a token in a slot and M the sum of weights so far.
 
-Shapes: S sequence, B micro-batch, T = S * B, n experts (of this rank), f expert width, H hidden, O outputs of the
-second matrix, 2 H or H.
+Shapes: S sequence, B micro-batch, n experts (of this rank), f expert width.
 """
 
 from __future__ import annotations
@@ -20,17 +17,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 32
 """Tokens whose prefix sums are one matrix product; sums of earlier chunks are carried."""
-ROWS = 512
-"""Tokens an expert works on at a time on a CPU: few enough to stay in the cache, enough for a matrix product."""
 
 
 def spans(bounds: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
-    """(begin, end, whether a document begins there) of chunks in order; ``bounds`` are beginnings of documents and S."""
+    """(begin, end, whether a document begins there) of chunks in order; ``bounds``: beginnings of documents, and S."""
     for begin, end in itertools.pairwise(bounds):
         for start in range(begin, end, CHUNK):
             yield start, min(start + CHUNK, end), start == begin
@@ -49,10 +43,10 @@ def prefix_totals(weights: Tensor, bounds: Sequence[int]) -> Tensor:
 
 def prefix_means(
     projected: Tensor, weights: Tensor, totals: Tensor, bounds: Sequence[int], before: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """P [S, B, n, 2 f], a and M [S, B, n] -> U [S, B, n, 2 f].
+) -> tuple[Tensor, Tensor]:
+    """P [S, B, n, 2 f], a and M [S, B, n] -> U [S, B, n, 2 f], and the last mean [B, n, 2 f] in a's precision.
 
-    ``before``: the last mean [B, n, 2 f] and total [B, n] of tokens that came earlier, when there are any.
+    ``before``: the last mean and total [B, n] of tokens that came earlier, when there are any; M counts them.
     """
     means = torch.empty_like(projected)
     carry, total = (None, None) if before is None else (by_expert(before[0].unsqueeze(0)), before[1])
@@ -69,7 +63,8 @@ def prefix_means(
             wide = torch.baddbmm((total.unsqueeze(-1) / m).flatten(0, 1).unsqueeze(-1) * carry, shares, part)
         by_expert(means[begin:end]).copy_(wide)
         carry, total = wide[:, -1:], totals[end - 1]
-    return means
+    assert carry is not None
+    return means, carry.view(*weights.shape[1:], -1)
 
 
 def prefix_means_backward(
@@ -96,89 +91,18 @@ def prefix_means_backward(
     return grad_projected, grad_weights, grad_totals
 
 
-def row_ranges(like: Tensor) -> Iterator[slice]:
-    """Ranges of rows of a [T, ...] tensor, :data:`ROWS` long on a CPU and all of them elsewhere."""
-    step = ROWS if like.is_cpu else max(1, like.shape[0])
-    return (slice(start, start + step) for start in range(0, like.shape[0], step))
-
-
-def gated(both: Tensor, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of [gate | up] [..., 2 w] -> [..., w]."""
-    gate, up = both.chunk(2, -1)
-    result = torch.empty_like(gate, memory_format=torch.contiguous_format) if out is None else out
-    torch.ops.aten.silu.out(gate, out=result)
-    return result.mul_(up)
-
-
-def gated_backward(grad: Tensor, both: Tensor, out: Tensor) -> None:
-    """Gradient of :func:`gated` into ``out``, which may be ``both``; overwrites ``grad``."""
-    gate, up = both.chunk(2, -1)
-    out_gate, out_up = out.chunk(2, -1)
-    active = F.silu(gate) * grad
-    torch.ops.aten.silu_backward(grad.mul_(up), gate, grad_input=out_gate)
-    out_up.copy_(active)
-
-
-def second_half(means: Tensor, combine: Tensor, second: Tensor, double: bool) -> Tensor:
-    """U [T, n, 2 f], C [T, n], second matrices [n, O, f] -> y [T, H]."""
-    outputs = second.shape[1]
-    y = means.new_zeros(means.shape[0], outputs // 2 if double else outputs)
-    for rows in row_ranges(means):
-        for expert, matrix in enumerate(second):
-            v = gated(means[rows, expert]) @ matrix.t()
-            y[rows].addcmul_(gated(v) if double else v, combine[rows, expert, None])
-    return y
-
-
-def second_half_backward(
-    grad: Tensor, means: Tensor, combine: Tensor, second: Tensor, double: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of U, C and the second matrices; V is computed again, since it is the widest tensor of the layer."""
-    grad_means, grad_combine, grad_second = (torch.empty_like(means), torch.empty_like(combine), torch.zeros_like(second))
-    for rows in row_ranges(means):
-        given = grad[rows]
-        for expert, matrix in enumerate(second):
-            inner = gated(means[rows, expert])
-            v = inner @ matrix.t()
-            share = given * combine[rows, expert, None]
-            if double:
-                grad_combine[rows, expert] = torch.linalg.vecdot(gated(v), given)
-                gated_backward(share, v, v)
-                grad_v = v
-            else:
-                grad_combine[rows, expert] = torch.linalg.vecdot(v, given)
-                grad_v = share
-            grad_second[expert].addmm_(grad_v.t(), inner)
-            gated_backward(grad_v @ matrix, means[rows, expert], grad_means[rows, expert])
-    return grad_means, grad_combine, grad_second
-
-
-class PrefixExperts(torch.autograd.Function):
-    """P, a, M, C and the second matrices -> y; keeps P and U, as much as a SwiGLU of equal size keeps."""
+class PrefixMeans(torch.autograd.Function):
+    """:func:`prefix_means` for training; keeps P and U."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        projected: Tensor,
-        weights: Tensor,
-        totals: Tensor,
-        combine: Tensor,
-        second: Tensor,
-        double: bool,
-        bounds: Sequence[int],
-    ) -> Tensor:
-        """P [S, B, n, 2 f], a and M and C [S, B, n], [n, O, f] -> [S, B, H]; ``bounds`` as :func:`spans` has them."""
-        means = prefix_means(projected, weights, totals, bounds, None)
-        ctx.save_for_backward(projected, weights, totals, combine, second, means)
-        ctx.double, ctx.bounds = double, bounds
-        y = second_half(means.flatten(0, 1), combine.flatten(0, 1), second, double)
-        return y.view(*projected.shape[:2], -1)
+    def forward(ctx: Any, projected: Tensor, weights: Tensor, totals: Tensor, bounds: Sequence[int]) -> Tensor:
+        """P [S, B, n, 2 f], a and M [S, B, n] -> U [S, B, n, 2 f]; ``bounds`` as :func:`spans` has them."""
+        means, _ = prefix_means(projected, weights, totals, bounds, None)
+        ctx.save_for_backward(projected, weights, totals, means)
+        ctx.bounds = bounds
+        return means
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The second halves of the experts, then the means."""
-        projected, weights, totals, combine, second, means = ctx.saved_tensors
-        flat = (x.flatten(0, 1) for x in (grads[0], means, combine))
-        grad_means, grad_combine, grad_second = second_half_backward(*flat, second, ctx.double)
-        parts = prefix_means_backward(grad_means.view_as(means), projected, weights, totals, means, ctx.bounds)
-        return (*parts, grad_combine.view_as(combine), grad_second, None, None)
+        """Suffix sums, chunk by chunk from the end."""
+        return (*prefix_means_backward(grads[0], *ctx.saved_tensors, ctx.bounds), None)
