@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megatron_steel.model.blocks import CACHED_ELEMENTS
 
-
 LEAST_ROWS = 64
 """Rows a matrix product needs to be worth its call."""
 
