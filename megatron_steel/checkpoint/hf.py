@@ -107,7 +107,7 @@ def import_hf(folder: Path, root: Path, tensor_parallel_size: int = 1) -> Path:
     if tensor_parallel_size < 1:
         raise ValueError(f"--tensor-model-parallel-size {tensor_parallel_size}: must be at least 1")
     size = config.size
-    source = HFWeights(folder)
+    source = HFWeights(folder, FAMILIES[size.model_family].base_prefix)
     check_tensors(source, size)
     tokenizer = tokenizer_of(folder)
     assert size.vocab_size is not None

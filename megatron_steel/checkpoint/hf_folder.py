@@ -27,8 +27,11 @@ OWN_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".txt"
 class HFWeights:
     """The tensors of a Hugging Face folder by name, read when asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ``ValueError`` when the folder holds no readable safetensors or its index names a missing shard."""
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        """``prefix`` is put before the names of a file none of whose names begin with it (GPT-2's on the hub).
+
+        Raises ``ValueError`` when the folder holds no readable safetensors or its index names a missing shard.
+        """
         self.folder = folder
         self.places: dict[str, str] = {}
         self.open_shards = {}
@@ -42,6 +45,8 @@ class HFWeights:
                 raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
             for name in self.open_shards[shard].keys():  # noqa: SIM118 - a safetensors file is no mapping
                 self.places[name] = shard
+        self.missing = "" if any(name.startswith(prefix) for name in self.places) else prefix
+        self.places = {self.missing + name: shard for name, shard in self.places.items()}
 
     def _shards(self) -> list[str]:
         index = self.folder / INDEX
@@ -54,11 +59,11 @@ class HFWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it; ``ValueError`` names it when it is not there."""
-        return tuple(self._shard(name).get_slice(name).get_shape())
+        return tuple(self._shard(name).get_slice(name.removeprefix(self.missing)).get_shape())
 
     def get(self, name: str) -> Tensor:
         """One tensor; ``ValueError`` names it when it is not there."""
-        return self._shard(name).get_tensor(name)
+        return self._shard(name).get_tensor(name.removeprefix(self.missing))
 
     def _shard(self, name: str) -> Any:
         if name not in self.places:

@@ -125,6 +125,26 @@ def qkv_in(tensors: list[Tensor], size: ModelConfig, rows: int) -> Tensor:
     return torch.cat(blocks, 1).reshape(-1, *rest)
 
 
+def transpose_out(tensor: Tensor, size: ModelConfig, rows: int) -> list[Tensor]:
+    """Theirs is multiplied from the right (GPT-2)."""
+    return [tensor.t().contiguous()]
+
+
+def transpose_in(tensors: list[Tensor], size: ModelConfig, rows: int) -> Tensor:
+    """The inverse of :func:`transpose_out`."""
+    return tensors[0].t().contiguous()
+
+
+def qkv_columns_out(tensor: Tensor, size: ModelConfig, rows: int) -> list[Tensor]:
+    """Columns are all queries, all keys, all values (GPT-2); a bias has them along its only axis."""
+    return [torch.cat(qkv_out(tensor, size, rows)).t().contiguous()]
+
+
+def qkv_columns_in(tensors: list[Tensor], size: ModelConfig, rows: int) -> Tensor:
+    """The inverse of :func:`qkv_columns_out`."""
+    return qkv_in(list(tensors[0].t().chunk(3)), size, rows)
+
+
 Out = Callable[[Tensor, ModelConfig, int], list[Tensor]]
 In = Callable[[list[Tensor], ModelConfig, int], Tensor]
 # By the name a declaration gives: from ours to theirs, and back.
@@ -133,6 +153,8 @@ TRANSFORMS: dict[str, tuple[Out, In]] = {
     "vocab": (vocab_out, vocab_in),
     "qkv": (qkv_out, qkv_in),
     "gate_up": (halves_out, halves_in),
+    "transpose": (transpose_out, transpose_in),
+    "qkv_columns": (qkv_columns_out, qkv_columns_in),
 }
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_steel.config.families import FAMILIES
-from megatron_steel.config.family import ANY, SWITCHES
+from megatron_steel.config.family import ANY, SWITCHES, group_count, head_width
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.schema import Config, ModelConfig
 
@@ -48,7 +48,7 @@ def check_positive(config: Config) -> None:
     for group, names in (
         (config.size, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")),
         (config.size, ("kv_channels", "make_vocab_size_divisible_by", "vocab_size", "max_position_embeddings")),
-        (config.size, ("rotary_base", "rope_scaling_factor", "norm_epsilon")),
+        (config.size, ("rotary_base", "rope_scaling_factor", "norm_epsilon", "window_size")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
         (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
         (config.data, ("max_epochs_per_source",)),
@@ -103,10 +103,10 @@ def check_heads(config: Config) -> None:
             f"--hidden-size {size.hidden_size} is not divisible by --num-attention-heads {heads}; "
             f"use {near} heads, or set --kv-channels"
         )
-    if (size.kv_channels or size.hidden_size // heads) % 2:
-        raise ValueError(
-            f"head width {size.kv_channels or size.hidden_size // heads} is odd; rotary embeddings need it even"
-        )
+    width = head_width(size)
+    if size.position_embedding_type == "rope" and int(width * size.rotary_percent) % 2:
+        share = f", of which --rotary-percent {size.rotary_percent}" if size.rotary_percent != 1 else ""
+        raise ValueError(f"head width {width}{share} is odd; rotary embeddings need it even")
     if heads % groups:
         near = " or ".join(str(d) for d in divisors_near(heads, groups))
         raise ValueError(f"--num-attention-heads {heads} is not divisible by --num-query-groups {groups}; use {near}")
@@ -119,7 +119,7 @@ def check_heads(config: Config) -> None:
 
 def check_family(config: Config) -> None:
     """A family fixes the switches; a model that mixes them could not be exported."""
-    size = config.size
+    size, heads = config.size, config.size.num_attention_heads
     family, defaults = FAMILIES[size.model_family], ModelConfig()
     for name in SWITCHES:
         value, allowed = getattr(size, name), family.switches.get(name, (getattr(defaults, name),))
@@ -128,6 +128,14 @@ def check_family(config: Config) -> None:
             if isinstance(value, bool):
                 raise ValueError(f"--model-family {family.name} {'has no' if value else 'needs'} --{flag}")
             raise ValueError(f"--{flag} is {value}, but --model-family {family.name} has {wanted}")
+    if family.plain_heads and (group_count(size), head_width(size) * heads) != (heads, size.hidden_size):
+        raise ValueError(
+            f"--model-family {family.name} has one key head per query head and heads of hidden_size / heads; "
+            f"leave --num-query-groups and --kv-channels unset"
+        )
+    for name in ("full_attention_layers", "no_rope_layers"):
+        if beyond := [layer for layer in getattr(size, name) if not 0 <= layer < size.num_layers]:
+            raise ValueError(f"--{name.replace('_', '-')} {beyond[0]}: layers count from 0 to {size.num_layers - 1}")
     if config.training.seq_length > size.max_position_embeddings:
         raise ValueError(
             f"--seq-length {config.training.seq_length} is longer than "
@@ -275,6 +283,8 @@ def settings_without_effect(config: Config, world_size: int) -> list[str]:
             notes.append(f"--{name.replace('_', '-')} has no effect without --wandb-project")
     if config.size.rope_scaling_factor != ModelConfig().rope_scaling_factor and not config.size.use_rope_scaling:
         notes.append("--rope-scaling-factor has no effect without --use-rope-scaling")
+    if config.size.full_attention_layers and config.size.window_size is None:
+        notes.append("--full-attention-layers has no effect without --window-size")
     if parallel.num_layers_per_virtual_pipeline_stage and virtual_chunks(config) is None:
         notes.append("--num-layers-per-virtual-pipeline-stage has no effect: a stage holds no more layers than that")
     if parallel.use_distributed_optimizer and data_parallel_size(config, world_size) == 1:

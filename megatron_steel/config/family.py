@@ -20,7 +20,8 @@ ANY: tuple[Any, ...] = ()
 SWITCHES = (
     "normalization", "apply_layernorm_1p", "norm_placement", "parallel_residual", "activation", "gated_linear_unit",
     "add_bias_linear", "add_qkv_bias", "qk_layernorm", "qk_layernorm_full", "position_embedding_type",
-    "rotary_percent", "rotary_base_local", "window_size", "no_rope_layers", "softmax_scale", "attn_logit_softcapping",
+    "rotary_percent", "rotary_base_local", "window_size", "full_attention_layers", "no_rope_layers", "softmax_scale",
+    "attn_logit_softcapping",
     "final_logit_softcapping", "embedding_scale", "stable_embedding", "num_experts", "multi_latent_attention",
     "ffn_type", "mlp_type",
 )  # fmt: skip
@@ -96,7 +97,9 @@ class Family:
     ``transformers`` needs besides. accepts: keys that are not read, with the values that change nothing; another
     value is refused. switches: values a switch may have (``ANY`` for all); a switch that is not named has its default.
     ignore: patterns of tensors that old files hold and nobody needs. modeling: name of the code written beside the
-    weights for a family transformers does not have. dimensions: symbols of its own for shapes.
+    weights for a family transformers does not have. dimensions: symbols of its own for shapes. plain_heads: one key
+    head per query head, all of them together as wide as the model. base_prefix: what names of tensors begin with,
+    except in old files.
     """
 
     name: str
@@ -111,6 +114,8 @@ class Family:
     ignore: tuple[str, ...] = ()
     modeling: str | None = None
     dimensions: Callable[[ModelConfig], dict[str, int]] = lambda size: {}
+    plain_heads: bool = False
+    base_prefix: str = ""
 
 
 def group_count(size: ModelConfig) -> int:

@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.world import World
@@ -44,6 +54,15 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# Windows are shorter than texts and continuations, so that both cross them.
+WINDOW = {"sliding_window": 8, "use_sliding_window": True}
+# Heads of 16 channels, 4 of which are rotated.
+NEOX = {
+    "hidden_size": 64,
+    "head_dim": None,
+    "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.25},
+    "attention_dropout": 0.0,
+}
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": PLAIN_ROPE}),
     "llama-untied": (LlamaConfig, {"tie_word_embeddings": False, "vocab_size": 133, "num_key_value_heads": 4}),
@@ -52,6 +71,13 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2-untied": (Qwen2Config, {"tie_word_embeddings": False, "rope_parameters": {**PLAIN_ROPE, "rope_theta": 1e6}}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True, "vocab_size": 133}),
     "mistral": (MistralConfig, {"tie_word_embeddings": False, "sliding_window": None}),
+    "mistral-window": (MistralConfig, {"tie_word_embeddings": False, "sliding_window": 8}),
+    "qwen2-window": (Qwen2Config, {**WINDOW, "tie_word_embeddings": True, "max_window_layers": 2}),
+    "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0, 1, 1]}),
+    "smollm3-window": (SmolLM3Config, {**WINDOW, "no_rope_layers": [1, 1, 0, 0], "tie_word_embeddings": False}),
+    "gpt-neox": (GPTNeoXConfig, {**NEOX, "vocab_size": 133}),
+    "gpt-neox-serial": (GPTNeoXConfig, {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "gpt2": (GPT2Config, {"n_inner": 88, "head_dim": None, "vocab_size": 133}),
 }
 NAMES = tuple(CONFIGS)
 LAYOUTS: dict[str, tuple[int, int]] = {"1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
@@ -72,12 +98,14 @@ def make_model(name: str, **more: Any) -> PreTrainedModel:
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in path:
-                parameter.copy_(1 + 0.3 * noise)
-            elif path.endswith("bias"):
+            if path.endswith("bias"):
                 parameter.copy_(0.5 * noise)
+            elif "norm" in path or ".ln_" in path:
+                parameter.copy_(1 + 0.3 * noise)
             else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+                # GPT-2 multiplies its matrices from the right.
+                inputs = parameter.shape[0 if ".c_" in path else -1]
+                parameter.copy_(noise * inputs**-0.5)
     return model
 
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from hf_models import NAMES, make_model
 from pool import WorkerPool
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from megatron_steel.checkpoint.hf import check_tensors, read_hf_config
+from megatron_steel.checkpoint.hf_folder import HFWeights
 
 SHARD_BYTES = 40_000
 
@@ -59,3 +62,17 @@ def test_round_trip_is_exact(pool: WorkerPool, tmp_path: Path, dtype: torch.dtyp
         assert config["dtype"] == str(dtype).removeprefix("torch.")
         assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_gpt2_as_it_is_on_the_hub(tmp_path: Path) -> None:
+    """Names without the prefix transformers writes today, and masks among the weights."""
+    make_model("gpt2").save_pretrained(tmp_path)
+    today = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in today.items()}
+    old |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8).tril() for layer in range(4)}
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = read_hf_config(tmp_path)
+    source = HFWeights(tmp_path, "transformer.")
+    check_tensors(source, config.size)
+    for name, tensor in today.items():
+        assert torch.equal(source.get(name), tensor)

@@ -107,6 +107,27 @@ def test_gate_up_there_and_back(ffn: int, hidden: int) -> None:
     assert same(theirs, [gate, up]) and all(part.is_contiguous() for part in theirs)
 
 
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_transposed_there_and_back(rows: int, columns: int) -> None:
+    theirs = numbered(rows, columns)
+    ours = to_ours("transpose", [theirs], ModelConfig(), 0)
+    assert ours.shape == (columns, rows) and all(torch.equal(ours[i], theirs[:, i]) for i in range(columns))
+    assert same(to_theirs("transpose", ours, ModelConfig(), 0), [theirs]) and ours.is_contiguous()
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_columns_of_queries_keys_and_values_there_and_back(heads: int, width: int, bias: bool) -> None:
+    hidden = heads * width
+    size = ModelConfig(num_attention_heads=heads, hidden_size=hidden)
+    theirs = numbered(3 * hidden) if bias else numbered(hidden, 3 * hidden)
+    ours = to_ours("qkv_columns", [theirs], size, 0)
+    for head in range(heads):
+        for part in range(3):  # query, key, value of each head
+            rows = ours[(3 * head + part) * width :][:width]
+            assert torch.equal(rows.t(), theirs[..., part * hidden + head * width :][..., :width])
+    assert same(to_theirs("qkv_columns", ours, size, 0), [theirs])
+
+
 @given(st.integers(1, 20), st.integers(0, 9), st.integers(1, 4))
 def test_vocabulary_is_padded_with_zeros_and_trimmed(rows: int, padding: int, hidden: int) -> None:
     theirs = 1 + numbered(rows, hidden)

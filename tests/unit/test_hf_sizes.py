@@ -7,14 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from megatron_steel.config.hf_sizes import hf_from_sizes, read_sizes, sizes_from_hf
 from megatron_steel.config.load import apply, parse
 from megatron_steel.config.presets import PRESETS
 from megatron_steel.config.schema import Config
 
-CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CLASSES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "smollm3": SmolLM3Config,
+    "gpt_neox": GPTNeoXConfig,
+}
 MINIMAL = {
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -173,10 +189,76 @@ def test_absent_keys_mean_what_transformers_takes_them_for(family: str) -> None:
 
 def test_absent_sliding_window_of_mistral_is_its_default() -> None:
     minimal = {"model_type": "mistral", **MINIMAL, "max_position_embeddings": 32768}
-    assert AutoConfig.for_model(**minimal).sliding_window == 4096
-    with pytest.raises(ValueError, match="sliding_window 4096 is not supported"):
-        sizes_from_hf(minimal, "x")
-    assert sizes_from_hf({**minimal, "sliding_window": None}, "x")["max_position_embeddings"] == 32768
+    assert AutoConfig.for_model(**minimal).sliding_window == 4096 == sizes_from_hf(minimal, "x")["window_size"]
+    assert sizes_from_hf({**minimal, "sliding_window": None}, "x")["window_size"] is None
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("mistral", {"sliding_window": 9}),
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+        ),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 9}),
+        ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1], "use_sliding_window": False, "sliding_window": 9}),
+        ("smollm3", {"no_rope_layer_interval": 2}),
+    ],
+)
+def test_windows_and_layers_without_rotation(family: str, change: dict[str, Any]) -> None:
+    """Against what transformers' configuration makes of them, and once more from what we write."""
+    values = {"model_type": family, **MINIMAL, "num_hidden_layers": 4, **change}
+    theirs = AutoConfig.for_model(**values)
+    for read in (values, theirs.to_dict(), hf_from_sizes(configured(sizes_from_hf(values, "x")).size, 9, NO_IDS, "x")):
+        sizes = sizes_from_hf(read, "x")
+        kinds = getattr(theirs, "layer_types", ["sliding_attention"] * 4)
+        windows = [theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        full = sizes["full_attention_layers"]
+        assert [None if layer in full else sizes["window_size"] for layer in range(4)] == windows
+        turned = getattr(theirs, "no_rope_layers", [1] * 4)[:4]
+        assert [int(layer not in sizes.get("no_rope_layers", [])) for layer in range(4)] == turned
+
+
+def test_pythia_and_gpt2_as_published() -> None:
+    """Keys of EleutherAI/pythia-70m and openai-community/gpt2 on the hub."""
+    pythia = {
+        "model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 512, "initializer_range": 0.02,
+        "intermediate_size": 2048, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
+        "num_attention_heads": 8, "num_hidden_layers": 6, "rotary_emb_base": 10000, "rotary_pct": 0.25,
+        "tie_word_embeddings": False, "use_parallel_residual": True, "vocab_size": 50304,
+    }  # fmt: skip
+    size = configured(sizes_from_hf(pythia, "x")).size
+    assert (size.rotary_percent, size.rotary_base, size.parallel_residual) == (0.25, 10000.0, True)
+    assert (size.activation, size.normalization, size.norm_epsilon) == ("gelu", "LayerNorm", 1e-5)
+    assert size.untie_embeddings_and_output_weights and size.add_bias_linear and not size.gated_linear_unit
+    again = GPTNeoXConfig(**hf_from_sizes(size, 50304, NO_IDS, "float16"))
+    assert {key: getattr(again, key, None) for key in pythia if "rotary" not in key} == {
+        key: value for key, value in pythia.items() if "rotary" not in key
+    }
+    assert again.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+
+    gpt2 = {
+        "model_type": "gpt2", "activation_function": "gelu_new", "attn_pdrop": 0.1, "embd_pdrop": 0.1,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+        "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "vocab_size": 50257,
+    }  # fmt: skip
+    size = configured(sizes_from_hf(gpt2, "x")).size
+    assert (size.ffn_hidden_size, size.max_position_embeddings, size.activation) == (3072, 1024, "gelu_tanh")
+    assert size.position_embedding_type == "learned_absolute" and not size.untie_embeddings_and_output_weights
+    again = GPT2Config(**hf_from_sizes(size, 50257, NO_IDS, "float32"))
+    assert again.n_inner == 3072 and {
+        key: getattr(again, key) for key in gpt2 if "drop" not in key and key != "n_ctx"
+    } == {key: value for key, value in gpt2.items() if "drop" not in key and key != "n_ctx"}
 
 
 def test_null_groups_are_one_per_head() -> None:
@@ -221,10 +303,11 @@ def test_plain_rope_in_both_spellings(family: str) -> None:
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
-        ("mistral", {"sliding_window": 1024}, "sliding_window 1024"),
-        ("qwen2", {"sliding_window": 1024, "use_sliding_window": True}, "sliding_window 1024"),
-        ("qwen3", {"sliding_window": 1024, "use_sliding_window": True}, "sliding_window 1024"),
-        ("gpt2", {}, "model_type 'gpt2'"),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types chunked_attention"),
+        ("gpt_neox", {"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ("gpt_neox", {"attention_bias": False}, "attention_bias"),
+        ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 1, "scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
+        ("bloom", {}, "model_type 'bloom'"),
         (None, {}, "model_type None"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),

@@ -5,10 +5,10 @@ Parts other families share are functions here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_steel.config.family import Family, Key, Tensor, group_count, head_width, untied
+from megatron_steel.config.family import ANY, Family, Key, Tensor, group_count, head_width, untied
 from megatron_steel.config.rope import read_rope, write_rope
 from megatron_steel.config.schema import ModelConfig
 
@@ -91,31 +91,53 @@ OLD_BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
 def read_common(hf: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Rotary settings, the tied head, and no window."""
+    """Rotary settings and the tied head."""
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"{origin}: hidden_act {hf['hidden_act']!r} is not supported; only silu is")
     return read_rope(hf, origin) | {"untie_embeddings_and_output_weights": not hf.get("tie_word_embeddings", False)}
 
 
-def refuse_window(hf: Mapping[str, Any], used: bool, window: int | None, origin: str) -> None:
-    """``ValueError`` for a window that sequences may be longer than."""
-    if window and used and window < hf["max_position_embeddings"]:
-        raise ValueError(
-            f"{origin}: sliding_window {window} is not supported; set it to null in config.json if the sequences you "
-            f"use are at most {window} tokens long"
-        )
+def read_window(
+    hf: Mapping[str, Any], used: bool, slides: Callable[[int], bool], origin: str, default: int | None = None
+) -> dict[str, Any]:
+    """The window and the layers without it: ``layer_types`` says which, or ``slides`` where that is not given.
+
+    ``used`` is whether there is a window at all, ``default`` its size where the key is absent.
+    """
+    layers, window = range(hf["num_hidden_layers"]), hf.get("sliding_window", default)
+    kinds = hf.get("layer_types") or ["sliding_attention" if slides(i) else "full_attention" for i in layers]
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"{origin}: layer_types {', '.join(sorted(map(str, unknown)))} are not supported")
+    full = [i for i in layers if kinds[i] == "full_attention"]
+    if not used or not window or len(full) == len(layers):
+        return {"window_size": None, "full_attention_layers": []}
+    return {"window_size": int(window), "full_attention_layers": full}
+
+
+def write_layer_types(size: ModelConfig) -> dict[str, Any]:
+    """The window and its layers as Qwen and SmolLM3 have them, for old and new versions of transformers."""
+    layers, full = range(size.num_layers), size.full_attention_layers
+    if size.window_size is None:
+        return {"sliding_window": None, "use_sliding_window": False}
+    return {
+        "sliding_window": size.window_size,
+        "use_sliding_window": True,
+        "max_window_layers": len(full),
+        "layer_types": ["full_attention" if i in full else "sliding_attention" for i in layers],
+    }
 
 
 def read_mistral(hf: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Its window is on unless it is null."""
-    refuse_window(hf, hf.get("use_sliding_window", True), hf.get("sliding_window", 4096), origin)
-    return read_common(hf, origin)
+    """A window in all layers, unless it is null."""
+    window = read_window({**hf, "layer_types": None}, True, lambda layer: True, origin, 4096)
+    return read_common(hf, origin) | window
 
 
 def read_qwen(hf: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Its window is off unless it is switched on."""
-    refuse_window(hf, hf.get("use_sliding_window", False), hf.get("sliding_window"), origin)
-    return read_common(hf, origin)
+    """A window that is off unless it is switched on, and then in the upper layers."""
+    first = hf.get("max_window_layers", 28)
+    used = bool(hf.get("use_sliding_window", False))
+    return read_common(hf, origin) | read_window(hf, used, lambda layer: layer >= first, origin, 4096)
 
 
 def write_common(size: ModelConfig) -> dict[str, Any]:
@@ -148,8 +170,9 @@ FAMILIES = (
         keys=common_keys(groups=8),
         tensors=DENSE,
         read=read_mistral,
-        write=lambda size: {**write_common(size), "sliding_window": None},
+        write=lambda size: {**write_common(size), "sliding_window": size.window_size},
         accepts={"attention_bias": (False, None), "mlp_bias": (False, None)},
+        switches={"window_size": ANY},
         ignore=OLD_BUFFERS,
     ),
     Family(
@@ -159,9 +182,9 @@ FAMILIES = (
         keys=common_keys(groups=32),
         tensors=DENSE,
         read=lambda hf, origin: {**read_qwen(hf, origin), "add_qkv_bias": True},
-        write=lambda size: {**write_common(size), "sliding_window": None, "use_sliding_window": False},
+        write=lambda size: {**write_common(size), **write_layer_types(size)},
         accepts={"attention_bias": (False, None), "mlp_bias": (False, None)},
-        switches={"add_qkv_bias": (True,)},
+        switches={"add_qkv_bias": (True,), "window_size": ANY, "full_attention_layers": ANY},
         ignore=OLD_BUFFERS,
     ),
     Family(
@@ -171,11 +194,9 @@ FAMILIES = (
         keys=common_keys(groups=32, head_dim=128),
         tensors=(*DENSE, *head_norms()),
         read=lambda hf, origin: {**read_qwen(hf, origin), "qk_layernorm": True},
-        write=lambda size: {
-            **write_common(size), "attention_bias": False, "sliding_window": None, "use_sliding_window": False,
-        },
+        write=lambda size: {**write_common(size), **write_layer_types(size), "attention_bias": False},
         accepts={"attention_bias": (False, None), "mlp_bias": (False, None)},
-        switches={"qk_layernorm": (True,)},
+        switches={"qk_layernorm": (True,), "window_size": ANY, "full_attention_layers": ANY},
         ignore=OLD_BUFFERS,
     ),
 )  # fmt: skip
