@@ -1,7 +1,8 @@
 """Preprocessing writes what Megatron-LM writes: megatron-core's builder, and its script where a checkout is given.
 
 ``MEGATRON_LM_PATH=/path/to/Megatron-LM`` runs ``tools/preprocess_data.py`` of that checkout on the same input,
-with the Python of ``MEGATRON_LM_PYTHON`` where the checkout needs packages of its own.
+with the Python of ``MEGATRON_LM_PYTHON`` where the checkout needs packages of its own. Sentences have more to do with
+``PUNKT_TAB_ENGLISH``, a folder of NLTK's ``punkt_tab``, and ``ENGLISH_JSONL``, files of a text column.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from megatron_steel.text.sentences import make_splitter
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples" / "data"
@@ -188,20 +191,94 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no Megatron-LM checkout")
+needs_checkout = pytest.mark.skipif(
+    "MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no Megatron-LM checkout"
+)
+
+
+def megatron_lm(corpus: Path, tokenizer: tuple[str, str], prefix: Path, *flags: str, home: Path | None = None) -> Path:
+    """Run the checkout's script; ``home`` is the home folder it sees."""
+    checkout = os.environ["MEGATRON_LM_PATH"]
+    python = os.environ.get("MEGATRON_LM_PYTHON", sys.executable)
+    command = [python, "-c", SCRIPT, checkout, "--input", str(corpus), *flags, "--workers", "2"]
+    command += ["--output-prefix", str(prefix)]
+    command += ["--tokenizer-type", tokenizer[0], "--tokenizer-model", tokenizer[1]]
+    environment = os.environ | {"PYTHONPATH": checkout} | ({"HOME": str(home)} if home else {})
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
+    return prefix
+
+
+@needs_checkout
 @pytest.mark.parametrize("kind", ["hugging_face", "sentencepiece"])
 @pytest.mark.parametrize("flags", [["--append-eod"], []], ids=["eod", "no-eod"])
 def test_bytes_equal_megatron_lms_script(
     flags: list[str], kind: str, corpus: Path, sentencepiece_tokenizer: tuple[str, str], tmp_path: Path
 ) -> None:
     tokenizer = HUGGING_FACE if kind == "hugging_face" else sentencepiece_tokenizer
-    checkout = os.environ["MEGATRON_LM_PATH"]
-    python = os.environ.get("MEGATRON_LM_PYTHON", sys.executable)
-    command = [python, "-c", SCRIPT, checkout, "--input", str(corpus), *flags, "--workers", "2"]
-    command += ["--output-prefix", str(tmp_path / "theirs")]
-    command += ["--tokenizer-type", tokenizer[0], "--tokenizer-model", tokenizer[1]]
-    environment = os.environ | {"PYTHONPATH": checkout}
-    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
+    megatron_lm(corpus, tokenizer, tmp_path / "theirs", *flags)
     for workers in (1, 2, 3):
         ours = preprocess(corpus, tokenizer, tmp_path / f"ours{workers}", workers, *flags)
         assert_same_bytes(ours, tmp_path / "theirs_text_document")
+
+
+@needs_checkout
+def test_two_keys_equal_megatron_lms_script(tmp_path: Path) -> None:
+    """Of several keys the script writes an index for the last one only."""
+    rows = [json.loads(line)["text"] for line in open(DATA / "valid_en.jsonl", encoding="utf-8")]
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps({"title": row[:50], "text": row}) + "\n" for row in rows), encoding="utf-8")
+    flags = ["--json-keys", "title", "text", "--append-eod"]
+    theirs = megatron_lm(path, HUGGING_FACE, tmp_path / "theirs", *flags)
+    ours = preprocess(path, HUGGING_FACE, tmp_path / "ours", 2, *flags)
+    assert_same_bytes(ours, theirs.with_name("theirs_text_document"))
+    assert (tmp_path / "ours_title_document.bin").read_bytes() == (tmp_path / "theirs_title_document.bin").read_bytes()
+    assert (tmp_path / "ours_title_document.idx").exists() > (tmp_path / "theirs_title_document.idx").exists()
+
+
+@pytest.fixture(scope="module")
+def punkt_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with parameters of Punkt for English: those of ``PUNKT_TAB_ENGLISH``, or learnt here."""
+    home = tmp_path_factory.mktemp("home")
+    folder = home / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    if given := os.environ.get("PUNKT_TAB_ENGLISH"):
+        shutil.copytree(given, folder)
+        return home
+    from nltk.tokenize.punkt import PunktTrainer
+
+    learnt = PunktTrainer((DATA / "valid_en.jsonl").read_text(encoding="utf-8")).get_params()
+    tables = {
+        "abbrev_types.txt": sorted(learnt.abbrev_types | {"mr", "dr"}),
+        "sent_starters.txt": sorted(learnt.sent_starters),
+        "collocations.tab": ["\t".join(pair) for pair in sorted(learnt.collocations)],
+        "ortho_context.tab": [f"{word}\t{context}" for word, context in sorted(learnt.ortho_context.items())],
+    }
+    folder.mkdir(parents=True)
+    for name, lines in tables.items():
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return home
+
+
+@needs_checkout
+@pytest.mark.parametrize("keep", [[], ["--keep-newlines"]], ids=["plain", "keep-newlines"])
+def test_sentences_equal_megatron_lms_script(keep: list[str], punkt_home: Path, tmp_path: Path) -> None:
+    """Plain sentences have its bytes. With --keep-newlines the script loses white space, which is kept here."""
+    paths = os.environ.get("ENGLISH_JSONL", str(DATA / "valid_en.jsonl")).split(os.pathsep)
+    path, split = tmp_path / "en.jsonl", tmp_path / "en_ss.jsonl"
+    path.write_text("".join(Path(name).read_text(encoding="utf-8") for name in paths), encoding="utf-8")
+    flags = ["--split-sentences", "--append-eod", *keep]
+    for _ in range(2):  # with one partition the first run only splits
+        theirs = megatron_lm(path, HUGGING_FACE, tmp_path / "theirs", *flags, home=punkt_home)
+    model = punkt_home / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    preprocess(path, HUGGING_FACE, tmp_path / "ours", 2, *flags, "--punkt-model", str(model))
+    if not keep:
+        assert_same_bytes(tmp_path / "ours_text_sentence", theirs.with_name("theirs_text_sentence"))
+        return
+    splitter = make_splitter("english", True, str(model), list)
+    for before, after in zip(*(map(json.loads, open(name, encoding="utf-8")) for name in (path, split)), strict=True):
+        found, expected = splitter(before["text"]), after["text"]
+        assert "".join(found) == before["text"]
+        assert "".join("".join(expected).split()) == "".join(before["text"].split())
+        # It ends sentences also at an end mark in the middle of a word (what?no), never fewer.
+        assert len(expected) >= len(found)
+        same = [ours.strip() == other.strip() for ours, other in zip(found, expected, strict=False)]
+        assert len(expected) > len(found) or all(same)
