@@ -24,10 +24,14 @@ from megatron_steel.runtime import world as runtime
 ROWS, EOD = 61, 60
 LENGTHS = ((5, 12, 7), (9, 3, 12))
 """Documents of two rows of 24, each with its end-of-document token."""
-FAMILIES = {
+GPT = {"normalization": "LayerNorm", "gated_linear_unit": False, "add_bias_linear": True, "num_query_groups": None}
+FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True},
     "llama": {"num_query_groups": 4, "untie_embeddings_and_output_weights": True},
+    "smollm3": {"window_size": 4, "full_attention_layers": [1], "no_rope_layers": [0]},
+    "gpt_neox": {**GPT, "activation": "gelu", "parallel_residual": True, "rotary_percent": 0.5},
+    "gpt2": {**GPT, "activation": "gelu_tanh", "position_embedding_type": "learned_absolute"},
 }
 SIZES = {
     "num_layers": 3,
@@ -132,7 +136,9 @@ def test_a_document_under_the_mask_is_alone(pool: WorkerPool, family: str, rows:
     print({name: f"{value:.1e}" for name, value in found.items()})
     assert found["spread"] > 0.3, "the model must say something"
     for name in ("mask", "mask, positions"):
-        assert found[f"logits, {name}"] < TOLERANCE * 10
+        # Rotary angles only tell distances; a table of positions knows where in the row a document lies.
+        if family != "gpt2" or "positions" in name:
+            assert found[f"logits, {name}"] < TOLERANCE * 10
         assert found[f"change inside, {name}"] > 1e-2
         assert found[f"change beyond, {name}"] == 0.0
     for name in ("no flag", "positions"):

@@ -81,11 +81,31 @@ def test_replicas_with_different_token_counts(run: Run, layout: str) -> None:
     compare(run(layout, eod_mask_loss=True), reference)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_other_families(run: Run, family: str) -> None:
-    switches = {"model_family": family, "add_qkv_bias": False, "qk_layernorm": family == "qwen3"}
+PLAIN = {"add_qkv_bias": False, "num_query_groups": None}
+GPT = {**PLAIN, "normalization": "LayerNorm", "activation": "gelu", "gated_linear_unit": False, "add_bias_linear": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": PLAIN,
+    "qwen3": {**PLAIN, "qk_layernorm": True},
+    "mistral": {**PLAIN, "window_size": 7},
+    "smollm3": {**PLAIN, "window_size": 7, "full_attention_layers": [1], "no_rope_layers": [0, 2]},
+    "gpt2": {**GPT, "activation": "gelu_tanh", "position_embedding_type": "learned_absolute"},
+    "gpt_neox": {**GPT, "parallel_residual": True, "rotary_percent": 0.5, "untie_embeddings_and_output_weights": True},
+}
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-interleaved"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(run: Run, family: str, layout: str) -> None:
+    switches = {"model_family": family, **FAMILIES[family]}
     reference = run("1", **switches)
-    compare(run("tp2-sp", **switches), reference)
+    assert reference[0].losses[-1] < reference[0].losses[0] - 0.5
+    compare(run(layout, **switches), reference)
+
+
+@pytest.mark.parametrize("family", ["smollm3", "gpt2", "gpt_neox"])
+def test_backends_agree_on_other_families(run: Run, family: str) -> None:
+    switches = {"model_family": family, **FAMILIES[family]}
+    compare(run("1", transformer_impl="local", **switches), run("1", **switches))
 
 
 def test_bfloat16_replicas(run: Run) -> None:

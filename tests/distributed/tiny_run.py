@@ -87,6 +87,8 @@ class Trace:
     splits: dict[str, int] = field(default_factory=dict)
     """Axis along which a weight is shared out over tensor-parallel ranks."""
     tensor_rank: int = 0
+    gated: bool = True
+    """Whether the first matrix of a feed-forward holds two."""
     consumed_samples: int = 0
 
 
@@ -148,6 +150,7 @@ def keep_weights(session: Session, trace: Trace) -> None:
     """Copy this rank's weights under their names in the whole model."""
     session.model.gather_parameters()
     trace.tensor_rank = session.world.tensor_rank
+    trace.gated = session.model.options.gated_linear_unit
     for model in session.model.language_models():
         for local_name, parameter in model.named_parameters():
             name = model_wide_name(model, local_name)
@@ -186,7 +189,7 @@ def whole_weights(traces: Sequence[Trace], rows: int = ROWS) -> dict[str, np.nda
         if axis is None:
             assert all(np.array_equal(shares[0], share) for share in shares), f"{name} differs between ranks"
             joined = shares[0]
-        elif "linear_fc1" in name:
+        elif "linear_fc1" in name and traces[0].gated:
             halves = [np.split(share, 2) for share in shares]
             joined = np.concatenate([half[0] for half in halves] + [half[1] for half in halves])
         else:
