@@ -7,12 +7,13 @@ bytes do not depend on who did what, and a run that was cut off goes on from its
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Totals:
 def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
     """Encode the input into one dataset per JSON key, ``PREFIX_KEY_document``, and return their sidecars.
 
-    Raises ``ValueError`` in one line, with nothing under a final name, for unusable options, input or tokenizer.
+    Raises ``ValueError`` in one line, with nothing under a final name, for unusable options, input or tokenizer, and
+    ``OSError`` for a full disk.
     """
     check_options(options)
     paths = expand_inputs(options.input)
@@ -90,7 +92,7 @@ def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
     level = "sentence" if options.split_sentences else "document"
     prefixes = [f"{options.output_prefix}_{key}_{level}" for key in options.json_keys]
     fingerprint = settings_fingerprint(options, tokenizer, paths)
-    with ExitStack() as stack:
+    with full_disk_named(options.output_prefix), ExitStack() as stack:
         # It takes half a second for a large vocabulary, and nobody needs it before the end.
         identity = stack.enter_context(Aside(tokenizer.fingerprint))
         writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in prefixes]
@@ -109,6 +111,20 @@ def preprocess(options: PreprocessOptions) -> list[dict[str, Any]]:
         sidecars = run.commit(identity.result)
         folder.clear()
     return sidecars
+
+
+@contextmanager
+def full_disk_named(output_prefix: str) -> Iterator[None]:
+    """Say which folder is full and what to do: the error of a write names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"{Path(output_prefix).absolute().parent}: {error.strerror}; make room there (until the end it holds the "
+            "tokens twice), and the same command goes on from the pieces it finished"
+        ) from error
 
 
 class Run:
