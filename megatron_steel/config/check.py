@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_steel.config.check_experts import check_experts
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.family import ANY, SWITCHES, group_count, head_width
 from megatron_steel.config.load import to_flat
@@ -27,6 +28,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_ranges(config)
     check_heads(config)
     check_family(config)
+    check_experts(config)
     check_layers(config)
     check_schedule(config)
     check_batch(config, data_parallel_size(config, world_size))

@@ -23,7 +23,9 @@ SWITCHES = (
     "rotary_percent", "rotary_base_local", "window_size", "full_attention_layers", "no_rope_layers", "softmax_scale",
     "attn_logit_softcapping",
     "final_logit_softcapping", "embedding_scale", "stable_embedding", "num_experts", "multi_latent_attention",
-    "ffn_type", "mlp_type",
+    "moe_layer_freq", "moe_shared_expert_intermediate_size", "moe_router_score_function", "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias", "moe_router_num_groups",
+    "moe_router_group_topk", "moe_ffn_hidden_size", "ffn_type", "mlp_type",
 )  # fmt: skip
 
 
@@ -157,3 +159,8 @@ def shapes(family: Family, tensor: Tensor, size: ModelConfig) -> list[tuple[int,
 def stacked(size: ModelConfig) -> bool:
     """Whether checkpoints hold the decoder layers stacked under one name: when all are alike, as in megatron-core."""
     return not size.moe_layer_freq
+
+
+def has_experts(size: ModelConfig, layer: int) -> bool:
+    """Whether the feed-forward of a layer, counted from 0, is a mixture of experts."""
+    return size.num_experts is not None and (not size.moe_layer_freq or bool(size.moe_layer_freq[layer]))

@@ -15,6 +15,7 @@ from megatron_steel.config.check import virtual_chunks
 from megatron_steel.config.family import group_count, head_width
 from megatron_steel.config.model_schema import Activation
 from megatron_steel.config.schema import Config, ModelConfig
+from megatron_steel.model.moe import expert_options
 from megatron_steel.runtime import device
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -65,6 +66,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         hidden_size=size.hidden_size,
         **attention_options(size),
         **feed_forward_options(size, on_gpu),
+        **expert_options(size),
         normalization=size.normalization,
         layernorm_epsilon=size.norm_epsilon,
         layernorm_zero_centered_gamma=size.apply_layernorm_1p,

@@ -11,6 +11,7 @@ import math
 import re
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -24,15 +25,19 @@ RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def model_wide_name(model: GPTModel, name: str) -> str:
-    """The name of a parameter in the whole model: layers counted over all stages, a tied head under the embedding."""
+    """The name of a parameter in the whole model: layers and experts counted over all ranks, a tied head under the
+    embedding.
+    """
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
 
-    def renumber(match: re.Match[str]) -> str:
-        layer = model.decoder.layers[int(match.group(1))]
-        return f"decoder.layers.{layer.layer_number - 1}."
-
-    return re.sub(r"^decoder\.layers\.(\d+)\.", renumber, name)
+    match = re.match(r"decoder\.layers\.(\d+)\.", name)
+    if match is None:
+        return name
+    layer = model.decoder.layers[int(match.group(1))]
+    name = f"decoder.layers.{layer.layer_number - 1}.{name[match.end() :]}"
+    # Each rank counts its experts from 0.
+    return re.sub(r"(?<=\.local_experts\.)\d+", lambda local: str(layer.mlp.local_expert_indices[int(local[0])]), name)
 
 
 def is_norm(name: str) -> bool:
@@ -90,6 +95,9 @@ def initial_value(name: str, local: Tensor, size: ModelConfig, rows: int, seed: 
 @torch.no_grad()
 def initialize_weights(model: GPTModel, size: ModelConfig, rows: int, seed: int, group: ProcessGroup) -> None:
     """Fill every parameter of one model chunk in place; ``group`` are the tensor-parallel ranks."""
+    # An expert may be spread over fewer ranks than the rest.
+    expert_group = parallel_state.get_expert_tensor_parallel_group()
     for local_name, parameter in model.named_parameters():
         name = model_wide_name(model, local_name)
-        parameter.copy_(initial_value(name, parameter, size, rows, seed, group))
+        ranks = expert_group if ".local_experts." in name else group
+        parameter.copy_(initial_value(name, parameter, size, rows, seed, ranks))

@@ -18,9 +18,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import ModelConfig
 from megatron_steel.model.backends import layer_parts
 from megatron_steel.model.layer import DecoderLayer, DecoderLayerSubmodules
+from megatron_steel.model.moe import expert_spec
 
 
 def layer_spec(provider: BackendSpecProvider, size: ModelConfig, layers: Sequence[int]) -> TransformerBlockSubmodules:
@@ -65,6 +67,8 @@ def choose_attention(provider: BackendSpecProvider, size: ModelConfig, layer: in
 
 def choose_mlp(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:
     """The feed-forward of a layer."""
+    if has_experts(size, layer):
+        return expert_spec(provider, size)
     return ModuleSpec(
         module=layer_parts(provider).mlp,
         submodules=MLPSubmodules(linear_fc1=first_linear(provider, size), linear_fc2=provider.row_parallel_linear()),
@@ -77,11 +81,12 @@ def choose_layer(provider: BackendSpecProvider, size: ModelConfig, layer: int) -
     after = norm(provider, size) if size.norm_placement != "pre" else IdentityOp
     fused = fuses_norms(provider, size)
     residual = layer_parts(provider).residual
-    names = {
-        "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-    }
     mlp = choose_mlp(provider, size, layer)
+    # A mixture begins with more than one linear layer: the norm stays by itself, under its own name.
+    apart = has_experts(size, layer)
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not apart:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     special: dict[str, Any] = {"parallel_residual": True} if size.parallel_residual else {}
     ours = special or after is not IdentityOp or getattr(mlp.module, "reads_sequence", False)
     return ModuleSpec(
@@ -92,7 +97,7 @@ def choose_layer(provider: BackendSpecProvider, size: ModelConfig, layer: int) -
             self_attention=choose_attention(provider, size, layer),
             self_attn_bda=residual,
             post_self_attn_layernorm=after,
-            pre_mlp_layernorm=IdentityOp if fused else before,
+            pre_mlp_layernorm=IdentityOp if fused and not apart else before,
             mlp=mlp,
             mlp_bda=residual,
             post_mlp_layernorm=after,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_steel.checkpoint import store
 from megatron_steel.checkpoint.state import TrainState
+from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import Config
 from megatron_steel.data.loader import TrainLoader, ValidLoader
 from megatron_steel.evaluate.heldout import HeldOutResult, combine, evaluate
@@ -21,6 +22,7 @@ from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks
 from megatron_steel.metrics.throughput import Throughput
 from megatron_steel.model.build import Model
+from megatron_steel.model.moe import take_balance
 from megatron_steel.objective.language import count_tokens
 from megatron_steel.optim.schedule import learning_rate
 from megatron_steel.runtime import device
@@ -83,6 +85,10 @@ def take_step(session: Session) -> None:
     session.loss_sums += result.loss_sums
     session.token_sums += result.loss_sums[:, 1]
     session.recorder.record("grad_norm", result.grad_norm, "last")
+    if config.size.num_experts is not None:
+        layers = sum(has_experts(config.size, layer) for layer in range(config.size.num_layers))
+        balance = take_balance(session.model.chunks, session.world.device)
+        session.recorder.record("moe_balance_loss", balance / layers)
     session.recorder.record("lr", lr, "last")
     session.recorder.record("nan_iterations", int(not result.updated), "sum")
 
@@ -113,6 +119,10 @@ def seen_by_source(session: Session) -> dict[str, dict[str, Any]]:
 def report(session: Session) -> None:
     """Write one row of training metrics to every sink."""
     state = session.state
+    row = session.recorder.flush(state.iteration)
+    if "moe_balance_loss" in row:
+        # Each rank has a part of it, from its layers and its tokens.
+        row["moe_balance_loss"] = sum(runtime.gather_objects(session.world, row["moe_balance_loss"]))
     session.sinks.write(
         {
             "iteration": state.iteration,
@@ -120,7 +130,7 @@ def report(session: Session) -> None:
             "consumed_tokens": state.consumed_tokens,
             **mean_losses(session),
             **seen_by_source(session),
-            **session.recorder.flush(state.iteration),
+            **row,
             **session.throughput.lap(state.iteration),
             "skipped_iterations": state.skipped_iterations,
             "peak_memory_bytes": device.peak_memory_bytes(),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_steel.data.loader import Batch
 from megatron_steel.model.build import Model
+from megatron_steel.model.moe import prepare_balance
 from megatron_steel.objective.language import run_micro_batches, sum_over_ranks
 from megatron_steel.optim.optimizer import set_rates, update
 from megatron_steel.runtime.world import World
@@ -58,6 +59,8 @@ def train_step(
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    if model.options.num_moe_experts is not None:
+        prepare_balance(model.chunks, len(batches))
     outputs = run_micro_batches(model, batches, step_tokens, batches[0].tokens_BS.shape[1], forward_only=False)
     set_rates(optimizer, lr, weight_decay)
     grad_norm, updated = update(optimizer, clip_grad)

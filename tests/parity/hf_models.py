@@ -20,6 +20,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -77,6 +78,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "smollm3-window": (SmolLM3Config, {**WINDOW, "no_rope_layers": [1, 1, 0, 0], "tie_word_embeddings": False}),
     "gpt-neox": (GPTNeoXConfig, {**NEOX, "vocab_size": 133}),
     "gpt-neox-serial": (GPTNeoXConfig, {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "gpt2": (GPT2Config, {"n_inner": 88, "head_dim": None, "vocab_size": 133}),
 }
 NAMES = tuple(CONFIGS)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_steel.config.families import gpt, llama, smollm
+from megatron_steel.config.families import gpt, llama, moe, smollm
 from megatron_steel.config.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for group in (llama, smollm, gpt) for family in group.FAMILIES}
+FAMILIES: dict[str, Family] = {family.name: family for group in (llama, smollm, gpt, moe) for family in group.FAMILIES}
 
 
 def detect(hf: Mapping[str, Any], origin: str) -> Family:
