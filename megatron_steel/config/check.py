@@ -50,7 +50,7 @@ def check_positive(config: Config) -> None:
     for group, names in (
         (config.size, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")),
         (config.size, ("kv_channels", "make_vocab_size_divisible_by", "vocab_size", "max_position_embeddings")),
-        (config.size, ("rotary_base", "rope_scaling_factor", "norm_epsilon", "window_size")),
+        (config.size, ("rotary_base", "rope_scaling_factor", "norm_epsilon", "window_size", "rotary_percent")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
         (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
         (config.data, ("max_epochs_per_source",)),
@@ -106,6 +106,8 @@ def check_heads(config: Config) -> None:
             f"use {near} heads, or set --kv-channels"
         )
     width = head_width(size)
+    if size.rotary_percent > 1:
+        raise ValueError(f"--rotary-percent {size.rotary_percent} is more than a whole head; use 1 at most")
     if size.position_embedding_type == "rope" and int(width * size.rotary_percent) % 2:
         share = f", of which --rotary-percent {size.rotary_percent}" if size.rotary_percent != 1 else ""
         raise ValueError(f"head width {width}{share} is odd; rotary embeddings need it even")
@@ -246,6 +248,8 @@ def check_overlap(config: Config) -> None:
         raise ValueError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ValueError("--sequence-parallel needs --tensor-model-parallel-size 2 or more")
+    if parallel.sequence_parallel and parallel.transformer_impl == "local":
+        raise ValueError("--transformer-impl local has no --sequence-parallel; use --transformer-impl torch")
 
 
 def check_documents(config: Config) -> None:

@@ -28,6 +28,13 @@ def build(**values: Any) -> Config:
     return config
 
 
+GPT_NEOX: dict[str, Any] = {
+    "model_family": "gpt_neox",
+    "normalization": "LayerNorm",
+    "activation": "gelu",
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+}
 FAULTS: list[tuple[dict[str, Any], str]] = [
     (
         {"hidden_size": 1024, "num_attention_heads": 15},
@@ -75,6 +82,19 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",
     ),
     ({"sequence_parallel": True}, "--sequence-parallel needs --tensor-model-parallel-size 2 or more"),
+    (
+        {"sequence_parallel": True, "tensor_model_parallel_size": 2, "transformer_impl": "local"},
+        "--transformer-impl local has no --sequence-parallel",
+    ),
+    ({"model_family": "mistral", "window_size": 0}, "--window-size must be greater than 0, not 0"),
+    ({"window_size": 8}, "--window-size is 8, but --model-family llama has None"),
+    ({"model_family": "mistral", "window_size": 8, "full_attention_layers": [1]}, "--full-attention-layers is"),
+    ({"model_family": "smollm3", "no_rope_layers": [1, 4]}, "--no-rope-layers 4: layers count from 0 to 3"),
+    ({**GPT_NEOX, "num_query_groups": 2}, "--model-family gpt_neox has one key head per query head"),
+    ({**GPT_NEOX, "kv_channels": 32}, "--model-family gpt_neox has one key head per query head"),
+    ({**GPT_NEOX, "rotary_percent": 0.02}, "head width 64, of which --rotary-percent 0.02 is odd"),
+    ({**GPT_NEOX, "gated_linear_unit": True}, "--model-family gpt_neox has no --gated-linear-unit"),
+    ({**GPT_NEOX, "add_bias_linear": False}, "--model-family gpt_neox needs --add-bias-linear"),
     ({"min_lr": 1e-2}, "--min-lr 0.01 is above --lr 0.0003"),
     ({"lr_warmup_iters": 100}, "--lr-warmup-iters 100 must be below the 100 iterations of the decay"),
     ({"lr_warmup_iters": 50, "lr_decay_iters": 40}, "--lr-warmup-iters 50 must be below the 40 iterations"),
@@ -220,6 +240,7 @@ def test_processes_must_fill_replicas() -> None:
 
 
 NO_EFFECT: list[tuple[dict[str, Any], str]] = [
+    ({"model_family": "qwen2", "add_qkv_bias": True, "full_attention_layers": [1]}, "--full-attention-layers has no"),
     ({"lr_wsd_decay_iters": 5}, "--lr-wsd-decay-iters has no effect with --lr-decay-style cosine"),
     ({"lr_decay_style": "constant", "min_lr": 1e-5}, "--min-lr has no effect with --lr-decay-style constant"),
     ({"wandb_exp_name": "a"}, "--wandb-exp-name has no effect without --wandb-project"),
