@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.family import Tensor as Declared
-from megatron_steel.config.family import group_count, head_width, shapes, stacked
+from megatron_steel.config.family import expert_count, group_count, head_width, shapes, stacked
 from megatron_steel.config.schema import ModelConfig
 
 
@@ -50,7 +50,7 @@ def pieces(size: ModelConfig) -> Iterator[Piece]:
         for layer in range(size.num_layers) if by_layer else (None,):
             if layer is not None and not tensor.layers(size, layer):
                 continue
-            for expert in range(size.num_experts or 0) if by_expert else (None,):
+            for expert in range(expert_count(size)) if by_expert else (None,):
                 yield piece(tensor, tuple(shapes(family, tensor, size)), size, layer, expert)
 
 
@@ -71,8 +71,7 @@ def piece(
         else:
             key = key.replace("{layer}", str(layer))
     if expert is not None:
-        assert size.num_experts is not None
-        places.append((expert, size.num_experts))
+        places.append((expert, expert_count(size)))
     names = tuple(name.format(layer=layer, expert=expert) for name in tensor.sources)
     index, of = tuple(at for at, _ in places), tuple(count for _, count in places)
     return Piece(key, index, of, names, their_shapes, tensor.how, tensor.fp32)

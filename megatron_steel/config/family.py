@@ -130,6 +130,11 @@ def head_width(size: ModelConfig) -> int:
     return size.kv_channels or size.hidden_size // size.num_attention_heads
 
 
+def expert_count(size: ModelConfig) -> int:
+    """Experts of a layer, of which either kind of mixture has its own number."""
+    return size.soft_experts if size.ffn_type != "dense" else size.num_experts or 0
+
+
 def dimensions(family: Family, size: ModelConfig) -> dict[str, int]:
     """The symbols shapes are written in."""
     width = head_width(size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-ModelFamily = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt_neox", "gpt2", "mixtral"]
+ModelFamily = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt_neox", "gpt2", "mixtral", "steel"]
 Normalization = Literal["RMSNorm", "LayerNorm"]
 NormPlacement = Literal["pre", "sandwich", "post"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]

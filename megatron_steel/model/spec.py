@@ -18,11 +18,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_steel.config.families.steel import is_soft
 from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import ModelConfig
 from megatron_steel.model.backends import layer_parts
 from megatron_steel.model.layer import DecoderLayer, DecoderLayerSubmodules
 from megatron_steel.model.moe import expert_spec
+from megatron_steel.model.steel.senet import DoubleSwiGLU
+from megatron_steel.model.steel.soft_mixture import SoftMixture
 
 
 def layer_spec(provider: BackendSpecProvider, size: ModelConfig, layers: Sequence[int]) -> TransformerBlockSubmodules:
@@ -67,6 +70,11 @@ def choose_attention(provider: BackendSpecProvider, size: ModelConfig, layer: in
 
 def choose_mlp(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:
     """The feed-forward of a layer."""
+    if is_soft(size):
+        return ModuleSpec(module=SoftMixture, params={"size": size})
+    if size.mlp_type == "senet":
+        linear = MLPSubmodules(linear_fc1=first_linear(provider, size), linear_fc2=provider.row_parallel_linear())
+        return ModuleSpec(module=DoubleSwiGLU, submodules=linear, params={"size": size})
     if has_experts(size, layer):
         return expert_spec(provider, size)
     return ModuleSpec(
@@ -83,7 +91,7 @@ def choose_layer(provider: BackendSpecProvider, size: ModelConfig, layer: int) -
     residual = layer_parts(provider).residual
     mlp = choose_mlp(provider, size, layer)
     # A mixture begins with more than one linear layer: the norm stays by itself, under its own name.
-    apart = has_experts(size, layer)
+    apart = is_soft(size) or has_experts(size, layer)
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not apart:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
@@ -27,6 +28,8 @@ from transformers import (
     SmolLM3Config,
 )
 
+from megatron_steel.checkpoint.modeling.steel.configuration_steel import SteelConfig
+from megatron_steel.checkpoint.modeling.steel.modeling_steel import SteelForCausalLM
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.world import World
 
@@ -64,6 +67,12 @@ NEOX = {
     "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.25},
     "attention_dropout": 0.0,
 }
+# 88 / 4 = 22 channels of each of 4 experts.
+STEEL: dict[str, Any] = {
+    "tie_word_embeddings": False, "mlp_type": "senet", "mlp_div_ratio": 4, "n_experts": 4, "slots_per_expert": 2,
+}  # fmt: skip
+AutoConfig.register("steel", SteelConfig)
+AutoModelForCausalLM.register(SteelConfig, SteelForCausalLM)
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": PLAIN_ROPE}),
     "llama-untied": (LlamaConfig, {"tie_word_embeddings": False, "vocab_size": 133, "num_key_value_heads": 4}),
@@ -80,6 +89,10 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt-neox-serial": (GPTNeoXConfig, {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "gpt2": (GPT2Config, {"n_inner": 88, "head_dim": None, "vocab_size": 133}),
+    "steel": (SteelConfig, {**STEEL, "FFN_type": "softmoe_causal"}),
+    "steel-swiglu": (SteelConfig, {**STEEL, "FFN_type": "softmoe_causal", "mlp_type": "raw", "slots_per_expert": 1}),
+    "steel-v1": (SteelConfig, {**STEEL, "FFN_type": "softmoe_v1"}),
+    "steel-dense": (SteelConfig, {**STEEL, "mlp_div_ratio": 2}),
 }
 NAMES = tuple(CONFIGS)
 LAYOUTS: dict[str, tuple[int, int]] = {"1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}

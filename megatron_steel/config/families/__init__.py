@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_steel.config.families import gpt, llama, moe, smollm
+from megatron_steel.config.families import gpt, llama, moe, smollm, steel
 from megatron_steel.config.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for group in (llama, smollm, gpt, moe) for family in group.FAMILIES}
+GROUPS = (llama, smollm, gpt, moe, steel)
+FAMILIES: dict[str, Family] = {family.name: family for group in GROUPS for family in group.FAMILIES}
 
 
 def detect(hf: Mapping[str, Any], origin: str) -> Family:
     """The family of a ``config.json``; ``ValueError`` for one that is not supported."""
+    if steel.describes_steel(hf):
+        return FAMILIES["steel"]
     for family in FAMILIES.values():
         if family.model_type == hf.get("model_type"):
             return family

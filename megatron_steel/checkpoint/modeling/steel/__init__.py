@@ -1,0 +1,1 @@
+"""Steel-LLM for transformers 5."""
