@@ -1,4 +1,7 @@
-"""What a tool does around its own work: flags with a hint for a mistyped one, errors as one line, a clean stop."""
+"""What a tool does around its own work: flags with a hint for a mistyped one, errors as one line, a clean stop.
+
+And how the tools that run a model begin: flags of the checkpoint and its layout, warnings, the ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from megatron_steel.runtime.world import World
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +50,7 @@ def run_tool(work: Callable[[list[str]], None], interrupted: str) -> None:
     A user error (``ValueError``) is one line and exit code 2, another failure one line and exit code 1. On SIGTERM the
     process leaves through its normal clean-up; ``interrupted`` is what Ctrl-C says.
     """
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))
+    leave_on_sigterm()
     # A pool ends its forked workers with this signal: with our handler they would hang in it.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
@@ -54,3 +61,34 @@ def run_tool(work: Callable[[list[str]], None], interrupted: str) -> None:
     except KeyboardInterrupt:
         print(f"error: interrupted; {interrupted}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def leave_on_sigterm() -> None:
+    """Leave on SIGTERM like on Ctrl-C, with exit code 1, so that what is half-written is removed."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(1))
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which checkpoint, and over how many ranks it is split."""
+    parser.add_argument("--load", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--ckpt-step", type=int, default=None, help="iteration; the newest when left out")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages")
+
+
+def start_model_run(options: argparse.Namespace) -> tuple[Path, World]:
+    """The checkpoint that the flags name, after warnings about what was passed over, and this rank's world."""
+    from megatron_steel.runtime import cpu
+
+    cpu.install()
+    from megatron_steel.checkpoint.files import find_checkpoint
+    from megatron_steel.runtime import world as runtime
+
+    checkpoint, warnings = find_checkpoint(options.load, options.ckpt_step)
+    world = runtime.start(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+    )
+    for line in warnings if world.rank == 0 else ():
+        print(f"warning: {line}", file=sys.stderr)
+    return checkpoint, world

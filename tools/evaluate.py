@@ -12,20 +12,20 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_steel.config.load import user_errors
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
+
+from megatron_steel.config.load import user_errors  # noqa: E402
+from tools.command_line import add_model_flags, start_model_run  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, required=True, help="checkpoint directory")
-    parser.add_argument("--ckpt-step", type=int, default=None, help="iteration; the newest when left out")
+    add_model_flags(parser)
     parser.add_argument("--valid-data-path", nargs="+", required=True, help="NAME=PREFIX or PREFIX of indexed data")
     parser.add_argument("--seq-length", type=int, default=None, help="tokens per sample; the training's when left out")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="samples per forward pass")
     parser.add_argument("--max-samples", type=int, default=None, help="samples per set; all when left out")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages")
     parser.add_argument("--output", type=Path, default=None, help="also write the scores to this JSON file")
     return parser
 
@@ -34,18 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate and print; returns the exit code."""
     options = build_parser().parse_args(argv)
     with user_errors():
-        from megatron_steel.runtime import cpu
-
-        cpu.install()
-        from megatron_steel.checkpoint.files import find_checkpoint, write_json
+        checkpoint, world = start_model_run(options)
+        from megatron_steel.checkpoint.files import write_json
         from megatron_steel.evaluate.heldout import score_checkpoint
         from megatron_steel.runtime import world as runtime
 
-        checkpoint, warnings = find_checkpoint(options.load, options.ckpt_step)
-        world = runtime.start(
-            tensor_model_parallel_size=options.tensor_model_parallel_size,
-            pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        )
         results = score_checkpoint(
             checkpoint,
             options.valid_data_path,
@@ -55,8 +48,6 @@ def main(argv: list[str] | None = None) -> int:
             max_samples=options.max_samples,
         )
     if world.rank == 0:
-        for line in warnings:
-            print(f"warning: {line}", file=sys.stderr)
         rows = {name: scores.as_row() for name, scores in results.items()}
         for name, row in rows.items():
             print(f"{name}: {json.dumps(row)}")

@@ -13,22 +13,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_steel.config.load import user_errors
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
+
+from megatron_steel.config.load import user_errors  # noqa: E402
+from tools.command_line import add_model_flags, start_model_run  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, required=True, help="checkpoint directory")
-    parser.add_argument("--ckpt-step", type=int, default=None, help="iteration; the newest when left out")
+    add_model_flags(parser)
     parser.add_argument("--prompt", nargs="*", default=None, help="texts; without any, lines are read")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens added at most")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, default=0, help="choose among this many tokens; 0 for all")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among tokens with this much probability")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choices")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each layer")
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, help="pipeline stages")
     return parser
 
 
@@ -48,18 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     """Generate and print; returns the exit code."""
     options = build_parser().parse_args(argv)
     with user_errors():
-        from megatron_steel.runtime import cpu
-
-        cpu.install()
-        from megatron_steel.checkpoint.files import find_checkpoint
+        checkpoint, world = start_model_run(options)
         from megatron_steel.evaluate.generate import Sampling, TextGenerator
         from megatron_steel.runtime import world as runtime
 
-        checkpoint, _ = find_checkpoint(options.load, options.ckpt_step)
-        world = runtime.start(
-            tensor_model_parallel_size=options.tensor_model_parallel_size,
-            pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        )
         generator = TextGenerator(checkpoint, world)
         sampling = Sampling(
             max_new_tokens=options.max_new_tokens,

@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
@@ -30,6 +28,7 @@ from megatron_steel.config.load import from_flat, user_errors  # noqa: E402
 from megatron_steel.data import inspect  # noqa: E402
 from megatron_steel.data.order import Ledger  # noqa: E402
 from megatron_steel.text.tokenizer import TOKENIZER_TYPES, Tokenizer, build_tokenizer  # noqa: E402
+from tools.command_line import leave_on_sigterm  # noqa: E402
 
 DIFF_LIMIT = 1 << 22
 
@@ -335,15 +334,10 @@ COMMANDS = {
 }
 
 
-def stop_cleanly(number: int, frame: FrameType | None) -> None:
-    """On SIGTERM leave like on Ctrl-C, so that what was half-written is removed."""
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, stop_cleanly)
+    leave_on_sigterm()
     try:
         with user_errors():
             return COMMANDS[options.command](options)
