@@ -147,7 +147,7 @@ def made(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_folder(name, root / name)
         more = ("--rope-scaling-factor", 32) if name == "llama-3.2-tied" else ()
         out, err = pool.run(1, work_import, flags(root / name, root / f"{name}-ours", *more), join=False)[0]
-        assert err == "" and "iter_0000000, without a tokenizer" in out
+        assert err == "" and "iter_0000000: llama, " in out and "without a tokenizer" in out
     exports = {name: (str(root / f"{name}-ours" / "iter_0000000"), str(root / f"{name}-hf")) for name in CASES}
     pool.run(1, hf_models.work_export, exports, 10**9, join=False)
     return root
