@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-ModelFamily = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt_neox", "gpt2", "mixtral", "steel"]
+ModelFamily = Literal[
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "steel",
+]
 Normalization = Literal["RMSNorm", "LayerNorm"]
 NormPlacement = Literal["pre", "sandwich", "post"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]

@@ -28,6 +28,7 @@ GPT = {"normalization": "LayerNorm", "gated_linear_unit": False, "add_bias_linea
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True},
+    "mixtral": {"num_experts": 4, "window_size": 4},
     "llama": {"num_query_groups": 4, "untie_embeddings_and_output_weights": True},
     "smollm3": {"window_size": 4, "full_attention_layers": [1], "no_rope_layers": [0]},
     "gpt_neox": {**GPT, "activation": "gelu", "parallel_residual": True, "rotary_percent": 0.5},

@@ -23,6 +23,15 @@ from torch import Tensor
 STEPS = 10
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.05},
+    "qwen3_moe": {
+        "qk_layernorm": True,
+        "num_experts": 4,
+        "moe_router_topk": 2,
+        "moe_router_pre_softmax": True,
+        "moe_ffn_hidden_size": 48,
+        "moe_layer_freq": [0, 1, 1, 1],
+        "moe_aux_loss_coeff": 0.05,
+    },
 }
 
 
@@ -55,6 +64,8 @@ def test_layouts_train_the_model_of_one_process(pool: WorkerPool, prefix: str, f
         weights = max(float(np.abs(mine[name] - whole[name]).max()) for name in mine)
         print(f"{family} on {layout}: loss {loss:.1e}, gradient norm {norm:.1e}, weights {weights:.1e}")
         assert loss < 1e-5 and norm < 1e-5 and weights < 2e-5
+    plain = train(pool, prefix, family, "1", transformer_impl="local")
+    assert largest_relative(plain[0].grad_norms, reference[0].grad_norms) < 1e-5
     without = train(pool, prefix, family, "1", moe_aux_loss_coeff=0.0)
     assert largest_relative(without[0].grad_norms, reference[0].grad_norms) > 1e-4, "balancing must have a say"
 

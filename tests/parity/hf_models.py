@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -73,6 +74,7 @@ STEEL: dict[str, Any] = {
 }  # fmt: skip
 AutoConfig.register("steel", SteelConfig)
 AutoModelForCausalLM.register(SteelConfig, SteelForCausalLM)
+QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": PLAIN_ROPE}),
     "llama-untied": (LlamaConfig, {"tie_word_embeddings": False, "vocab_size": 133, "num_key_value_heads": 4}),
@@ -88,6 +90,8 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt-neox": (GPTNeoXConfig, {**NEOX, "vocab_size": 133}),
     "gpt-neox-serial": (GPTNeoXConfig, {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+    "qwen3-moe": (Qwen3MoeConfig, {**QWEN_MOE, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3-moe-mixed": (Qwen3MoeConfig, {**QWEN_MOE, "mlp_only_layers": [1], "vocab_size": 133, **WINDOW}),
     "gpt2": (GPT2Config, {"n_inner": 88, "head_dim": None, "vocab_size": 133}),
     "steel": (SteelConfig, {**STEEL, "FFN_type": "softmoe_causal"}),
     "steel-swiglu": (SteelConfig, {**STEEL, "FFN_type": "softmoe_causal", "mlp_type": "raw", "slots_per_expert": 1}),
