@@ -4,7 +4,7 @@ Each of our functions is one autograd function over few passes: PyTorch without 
 operation, and on a CPU those passes are what is left to save next to the matrix products.
 
 Shapes: S sequence, B micro-batch, N query heads, G key/value heads, D head width, H hidden, T tokens of packed
-documents (all per rank).
+documents, R rotated channels of a head (all per rank).
 """
 
 from __future__ import annotations
@@ -93,16 +93,20 @@ class TorchDotProductAttention(torch.nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """out = (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of the last axis (Su et al. 2021, eq. 34).
 
-    cos: [..., D], sin: [..., D / 2], both broadcast against x.
+    cos: [..., R], sin: [..., R / 2], both broadcast against x; channels behind the first R stay as they are.
     """
-    half = x.shape[-1] // 2
+    turned = cos.shape[-1]
+    if turned < x.shape[-1]:
+        out[..., turned:].copy_(x[..., turned:])
+        x, out = x[..., :turned], out[..., :turned]
+    half = turned // 2
     torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin, value=-1.0)
     out[..., half:].addcmul_(x[..., :half], sin)
 
 
 def cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos [S, 1, 1, 1, D] and sin [S, 1, 1, 1, D / 2] of megatron-core's angles [S, 1, 1, D] (equal halves)."""
+    """cos [S, 1, 1, 1, R] and sin [S, 1, 1, 1, R / 2] of megatron-core's angles [S, 1, 1, R] (equal halves)."""
     angles = angles.unsqueeze(2)
     return angles.cos().to(dtype), angles[..., : angles.shape[-1] // 2].sin().to(dtype)
 
@@ -120,15 +124,17 @@ class SplitAndRotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor, groups: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """mixed [S, B, G * (N / G + 2) * D] -> query [S, B, N, D], key and value [S, B, G, D].
 
-        cos [S, 1, 1, 1, D], sin [S, 1, 1, 1, D / 2]. A group's columns are its queries, its key, its value.
+        cos [S, 1, 1, 1, R], sin [S, 1, 1, 1, R / 2]. A group's columns are its queries, its key, its value.
         """
-        mixed_SBGND = mixed.view(*mixed.shape[:2], groups, -1, cos.shape[-1])
+        mixed_SBGND = mixed.view(*mixed.shape[:2], groups, -1, width)
         # One sample's positions follow each other in memory: attention over rows B * N * D apart is a fifth slower on a
         # CPU, where such a distance (a power of two, as a rule) maps them all to the same few lines of the cache.
-        sequence, batch, _, per_group, width = mixed_SBGND.shape
+        sequence, batch, _, per_group, _ = mixed_SBGND.shape
         query = mixed.new_empty(batch, sequence, groups, per_group - 2, width).transpose(0, 1)
         key, value = (mixed.new_empty(batch, sequence, groups, width).transpose(0, 1) for _ in range(2))
         for rows, cos_rows, sin_rows, q, k, v in row_blocks(mixed_SBGND, cos, sin, query, key, value):
@@ -140,7 +146,7 @@ class SplitAndRotate(torch.autograd.Function):
         return query.flatten(2, 3), key, value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         """The transposed rotation is the rotation by the negative angle."""
         query, key, value = grads
         sequence, batch, groups, width = key.shape
@@ -150,22 +156,22 @@ class SplitAndRotate(torch.autograd.Function):
             rotate(q, cos, sin, rows[:, :, :, :-2])
             rotate(k.unsqueeze(3), cos, sin, rows[:, :, :, -2:-1])
             rows[:, :, :, -1].copy_(v)
-        return mixed.flatten(2), None, None, None
+        return mixed.flatten(2), None, None, None, None
 
 
 class TorchSelfAttention(SelfAttention):
     """megatron-core's self-attention with a short way through it for training.
 
-    Anything special (a key/value cache, QK norm, fewer key heads than ranks, recomputation, part of a head rotated)
-    takes megatron-core's own way. Parameters and checkpoint names are the same.
+    Anything special (a key/value cache, QK norm, fewer key heads than ranks, recomputation) takes megatron-core's own
+    way. Parameters and checkpoint names are the same.
     """
 
     def is_plain(self, rotary_pos_emb: Tensor | None) -> bool:
-        """Whether this layer is projection, rotation of whole heads by these angles, attention, projection."""
+        """Whether this layer is projection, rotation of heads or their first channels, attention, projection."""
         config = self.config
         return (
             isinstance(rotary_pos_emb, Tensor)
-            and rotary_pos_emb.shape[-1] == self.hidden_size_per_attention_head
+            and rotary_pos_emb.shape[-1] <= self.hidden_size_per_attention_head
             and isinstance(self.q_layernorm, IdentityOp | None)
             and isinstance(self.k_layernorm, IdentityOp | None)
             and isinstance(self.core_attention, TorchDotProductAttention)
@@ -202,7 +208,9 @@ class TorchSelfAttention(SelfAttention):
         mixed, _ = self.linear_qkv(hidden_states)
         packed = packed_seq_params is not None
         cos, sin = (packed_rotary_table if packed else rotary_table)(rotary_pos_emb, mixed.dtype)
-        query, key, value = SplitAndRotate.apply(mixed, cos, sin, self.num_query_groups_per_partition)
+        query, key, value = SplitAndRotate.apply(
+            mixed, cos, sin, self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        )
         if packed:
             parts = (part.squeeze(1) for part in (query, key, value))
             context = self.core_attention(*parts, attention_mask, packed_seq_params=packed_seq_params)

@@ -145,21 +145,22 @@ def test_swiglu_value_and_gradient() -> None:
     check_against_float64([ours, SwiGLUFunction.apply(ours)], [exact, gate / (1 + torch.exp(-gate)) * up], grad)
 
 
-def test_split_and_rotate_value_and_gradient() -> None:
-    """Two groups of three queries, a key and a value; each rotated by its position as a complex number is."""
+@pytest.mark.parametrize("turned", [8, 4, 2])
+def test_split_and_rotate_value_and_gradient(turned: int) -> None:
+    """Two groups of three queries, a key and a value; the first channels rotated by position as complex numbers are."""
     generator = torch.Generator().manual_seed(4)
     sequence, batch, groups, per_group, width = 7, 3, 2, 3, 8
     mixed = torch.randn(sequence, batch, groups * (per_group + 2) * width, generator=generator)
     grad = torch.randn(mixed.numel(), generator=generator)
-    angles = torch.arange(sequence)[:, None] * 10.0 ** -torch.arange(width // 2)
+    angles = torch.arange(sequence)[:, None] * 10.0 ** -torch.arange(turned // 2)
     cos, sin = rotary_table(torch.cat((angles, angles), -1)[:, None, None], torch.float32)
     ours, exact = mixed.clone().requires_grad_(), mixed.double().requires_grad_()
     parts = exact.view(sequence, batch, groups, per_group + 2, width)
     turn = torch.polar(torch.ones_like(angles).double(), angles.double())[:, None, None, None]
-    turned = torch.complex(parts[..., : width // 2], parts[..., width // 2 :]) * turn
-    rotated = torch.cat((turned.real, turned.imag), -1)
+    rotated = torch.complex(parts[..., : turned // 2], parts[..., turned // 2 : turned]) * turn
+    rotated = torch.cat((rotated.real, rotated.imag, parts[..., turned:]), -1)
     expected = [rotated[:, :, :, :per_group].flatten(2, 3), rotated[:, :, :, per_group], parts[:, :, :, per_group + 1]]
-    check_against_float64([ours, *SplitAndRotate.apply(ours, cos, sin, groups)], [exact, *expected], grad)
+    check_against_float64([ours, *SplitAndRotate.apply(ours, cos, sin, groups, width)], [exact, *expected], grad)
 
 
 def exact_attention(
