@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_steel.config.check_experts import check_experts
+from megatron_steel.config.check_soft_mixture import check_soft_mixture
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.family import ANY, SWITCHES, group_count, head_width
 from megatron_steel.config.load import to_flat
@@ -29,6 +30,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_heads(config)
     check_family(config)
     check_experts(config)
+    check_soft_mixture(config)
     check_layers(config)
     check_schedule(config)
     check_batch(config, data_parallel_size(config, world_size))
@@ -51,6 +53,7 @@ def check_positive(config: Config) -> None:
         (config.size, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")),
         (config.size, ("kv_channels", "make_vocab_size_divisible_by", "vocab_size", "max_position_embeddings")),
         (config.size, ("rotary_base", "rope_scaling_factor", "norm_epsilon", "window_size", "rotary_percent")),
+        (config.size, ("soft_experts", "slots_per_expert", "mlp_div_ratio")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
         (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
         (config.data, ("max_epochs_per_source",)),
@@ -287,6 +290,8 @@ def settings_without_effect(config: Config, world_size: int) -> list[str]:
     for name in ("wandb_exp_name", "wandb_save_dir"):
         if getattr(logging, name) and not logging.wandb_project:
             notes.append(f"--{name.replace('_', '-')} has no effect without --wandb-project")
+    if config.training.allow_non_causal_softmoe and config.size.ffn_type not in ("softmoe_v2", "softmoe_v3"):
+        notes.append("--allow-non-causal-softmoe has no effect without --ffn-type softmoe_v2 or softmoe_v3")
     if config.size.rope_scaling_factor != ModelConfig().rope_scaling_factor and not config.size.use_rope_scaling:
         notes.append("--rope-scaling-factor has no effect without --use-rope-scaling")
     if config.size.full_attention_layers and config.size.window_size is None:

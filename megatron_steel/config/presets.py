@@ -1,7 +1,8 @@
 """Named model sizes. A preset only expands to flags; any flag on the command line or in YAML wins over it.
 
-Sizes are those of the published configurations on the Hugging Face hub; ``steel_1b`` is Steel-LLM's shape with a plain
-SwiGLU of equal parameter count (3 * 1792 * 3584 = the six experts of 4 * 1792 * 448).
+Sizes are those of the published configurations on the Hugging Face hub. ``steel_1b`` is Steel-LLM with the causal form
+of its soft mixture, which has the same weights; ``steel_1b_dense`` has a plain SwiGLU of equal size instead of experts
+(3 * 1792 * 3584 = 6 * 4 * 1792 * 448).
 """
 
 from __future__ import annotations
@@ -14,6 +15,16 @@ QWEN2: dict[str, Any] = {
     "norm_epsilon": 1e-6,
     "rotary_base": 1e6,
     "max_position_embeddings": 32768,
+}
+STEEL: dict[str, Any] = {
+    **QWEN2,
+    "model_family": "steel",
+    "ffn_type": "softmoe_causal",
+    "mlp_type": "senet",
+    "soft_experts": 6,
+    "slots_per_expert": 1,
+    "mlp_div_ratio": 4,
+    "untie_embeddings_and_output_weights": True,
 }
 QWEN3: dict[str, Any] = {
     "model_family": "qwen3",
@@ -45,6 +56,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1024,
     },
     "steel_1b": {
+        **STEEL,
+        "num_layers": 18,
+        "hidden_size": 1792,
+        "ffn_hidden_size": 1792,
+        "num_attention_heads": 32,
+        "vocab_size": 151936,
+    },
+    "steel_softmoe_tiny": {
+        **STEEL,
+        "num_layers": 4,
+        "hidden_size": 192,
+        "ffn_hidden_size": 192,
+        "num_attention_heads": 4,
+        "rotary_base": 1e4,
+        "max_position_embeddings": 1024,
+    },
+    "steel_1b_dense": {
         **QWEN2,
         "num_layers": 18,
         "hidden_size": 1792,

@@ -107,6 +107,8 @@ class TrainingConfig:
     """Save and stop after this many minutes."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main weights and gradients; fp32 otherwise."""
+    allow_non_causal_softmoe: bool = False
+    """Train softmoe_v2 or softmoe_v3 although their loss is measured on tokens the model has seen."""
 
 
 @dataclass(kw_only=True)

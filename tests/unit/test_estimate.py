@@ -13,6 +13,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_steel.checkpoint.modeling.steel.configuration_steel import SteelConfig
+from megatron_steel.checkpoint.modeling.steel.modeling_steel import SteelForCausalLM
 from megatron_steel.config.family import head_width
 from megatron_steel.config.presets import PRESETS
 from megatron_steel.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
@@ -25,6 +27,7 @@ HF_CLASSES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "steel": (SteelConfig, SteelForCausalLM),
 }
 
 
@@ -40,6 +43,8 @@ def hf_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
         num_key_value_heads=model.num_query_groups or model.num_attention_heads,
         head_dim=head_width(model),
         tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+        **({"FFN_type": model.ffn_type, "mlp_type": "senet"} if model.model_family == "steel" else {}),
+        mlp_div_ratio=model.mlp_div_ratio,
     )
     with torch.device("meta"):
         return {name: weight.numel() for name, weight in make_model(config).named_parameters()}
@@ -69,12 +74,13 @@ def test_parameters_equal_transformers(model: ModelConfig) -> None:
     assert ours.embedding == theirs["model.embed_tokens.weight"]
     assert ours.per_layer == sum(n for name, n in theirs.items() if name.startswith("model.layers.1."))
     assert ours.output == theirs.get("lm_head.weight", 0)
-    matrices = sum(n for name, n in theirs.items() if "proj.weight" in name)
+    matrices = sum(n for name, n in theirs.items() if "proj.weight" in name or name.endswith("phi"))
     assert ours.matmul == matrices + theirs.get("lm_head.weight", ours.embedding)
 
 
 def test_known_sizes() -> None:
-    assert count_parameters(preset("steel_1b"), 151936).total == 1_122_729_216
+    assert count_parameters(preset("steel_1b_dense"), 151936).total == 1_122_729_216
+    assert count_parameters(preset("steel_1b"), 151936).total == 1_122_922_770
     assert count_parameters(preset("mini_qwen_1b"), 151936).total == 998_810_624
     # The published number of unembedded and total parameters of Llama-3.2-1B and Llama-3-8B.
     assert count_parameters(preset("llama3.2_1b"), 128256).total == 1_235_814_400
@@ -135,16 +141,16 @@ def test_flops_equal_a_counted_forward_pass() -> None:
 
 
 def test_causal_is_half_of_the_attention() -> None:
-    model = preset("steel_1b")
+    model = preset("steel_1b_dense")
     full, causal = (flops_per_token(model, 2048, 151936, kind) for kind in ("full", "causal"))
     assert full - causal == 6 * 18 * 1792 * 2048
     assert flops_per_token(model, 0, 151936) == 6 * count_parameters(model, 151936).matmul
 
 
 def steel(bf16: bool = True, **parallel: object) -> Config:
-    """A configuration of steel_1b at 2048 tokens."""
+    """A configuration of steel_1b_dense at 2048 tokens."""
     return Config(
-        size=preset("steel_1b"),
+        size=preset("steel_1b_dense"),
         parallel=ParallelConfig(**parallel),
         training=TrainingConfig(seq_length=2048, micro_batch_size=4, bf16=bf16),
     )
@@ -245,7 +251,7 @@ def run_tool(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_tool_runs_without_torch() -> None:
-    flags = "--model steel_1b --seq-length 2048 --bf16 --gpus 8 --mfu 0.5 --tokens 1e12 --hour-price 2".split()
+    flags = "--model steel_1b_dense --seq-length 2048 --bf16 --gpus 8 --mfu 0.5 --tokens 1e12 --hour-price 2".split()
     result = run_tool(*flags, "--micro-batch-size", "4", "--use-distributed-optimizer")
     assert result.returncode == 0, result.stderr
     rows = dict(line.split("  ", 1) for line in result.stdout.splitlines() if "  " in line and line[0] != " ")

@@ -19,6 +19,7 @@ FROZEN = Path(__file__).with_name("flags.txt")
 MEGATRON_LM = Path(__file__).with_name("megatron_lm_flags.txt")
 # Not Megatron-LM's; everything else has the name a Megatron-LM user knows.
 OUR_OWN = {
+    "allow-non-causal-softmoe",
     "model",
     "model-family",
     "decay-embeddings",

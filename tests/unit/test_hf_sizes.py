@@ -18,12 +18,15 @@ from transformers import (
     SmolLM3Config,
 )
 
+from megatron_steel.checkpoint.modeling.steel.configuration_steel import SteelConfig
 from megatron_steel.config.hf_sizes import hf_from_sizes, read_sizes, sizes_from_hf
 from megatron_steel.config.load import apply, parse
 from megatron_steel.config.presets import PRESETS
 from megatron_steel.config.schema import Config
 
+AutoConfig.register("steel", SteelConfig)
 CLASSES = {
+    "steel": SteelConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
