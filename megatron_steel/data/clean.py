@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_steel.data.clean_settings import Settings, SlurmOptions, describe, load_settings
 from megatron_steel.data.contamination import Contamination
+from megatron_steel.text.files import write_text
 
 PIECE_BYTES = 64 << 20
 FOLDERS = ("kept", "places", "counts", "exact", "removed", "shards", "out")
@@ -105,7 +106,7 @@ def prepare(
         say(f"continuing the run in {work}")
     for folder in FOLDERS:
         (work / folder).mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(identity), encoding="utf-8")
+    write_text(file, json.dumps(identity))
 
 
 def build_stages(

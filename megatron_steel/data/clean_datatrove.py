@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -121,7 +122,7 @@ def run_local(work: Path, stages: list[Stage], workers: int) -> None:
 
 
 def run_slurm(work: Path, stages: list[Stage], workers: int, slurm: SlurmOptions) -> None:
-    """Hand all stages to SLURM as job arrays, each after the one before."""
+    """Hand all stages to SLURM as job arrays, each after the one before. ``RuntimeError`` when sbatch refuses."""
     executor = None
     for stage in stages:
         executor = SlurmPipelineExecutor(
@@ -140,4 +141,10 @@ def run_slurm(work: Path, stages: list[Stage], workers: int, slurm: SlurmOptions
             depends=executor,
         )
     assert executor is not None
-    executor.run()
+    try:
+        executor.run()
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            f"sbatch refused a job (exit code {error.returncode}), its reason is above; end those that it took before "
+            "(squeue, scancel), then give the command again"
+        ) from error

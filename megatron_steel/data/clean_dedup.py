@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_steel.data.clean_datatrove import Document, PipelineStep
 from megatron_steel.data.clean_steps import HASH_BYTES
+from megatron_steel.text.files import write_text
 
 EXACT, MINHASH = range(2)
 KINDS = ("exact_dedup", "minhash_dedup")
@@ -41,7 +42,7 @@ class Decide(PipelineStep):
             mine = removed[removed[:, 0] == task][:, 1:]
             np.save(self.work / "removed" / f"{task:05d}.npy", mine)
             kept.append(len(np.load(self.work / "places" / f"{task:05d}.npy", mmap_mode="r")) - len(mine))
-        (self.work / "plan.json").write_text(json.dumps({"kept": kept}), encoding="utf-8")
+        write_text(self.work / "plan.json", json.dumps({"kept": kept}))
 
     def _exact(self) -> np.ndarray:
         """int64 (n, 5): rank, document, kind, rank and document of the first with the same hash."""

@@ -23,6 +23,7 @@ from megatron_steel.data.clean_settings import ExactDedup, Settings
 from megatron_steel.data.clean_text import Text
 from megatron_steel.data.encode import parse_leniently
 from megatron_steel.data.readers import Task, place, read_task
+from megatron_steel.text.files import write_text
 
 Documents = Iterator[Document]
 EXCERPT_CHARACTERS = 160
@@ -195,7 +196,7 @@ class Store(PipelineStep):
         counts.written = len(places)
         np.save(self.work / "places" / f"{rank:05d}.npy", np.array(places, dtype=np.int64).reshape(-1, 2))
         text = json.dumps(counts, default=vars)
-        (self.work / "counts" / f"{rank:05d}.json").write_text(text, encoding="utf-8")
+        write_text(self.work / "counts" / f"{rank:05d}.json", text)
 
     def _hashes(self, rank: int) -> Any:
         return open(self.work / "exact" / f"{rank:05d}.hash", "wb")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,11 @@ GOOD = b'{"text": "one good line"}\n{"text": "another good line"}\n'
 
 
 def run(tmp_path: Path, config: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run the tool; the only commands it finds are those in ``bin``, so that no test submits a job."""
     (tmp_path / "c.yaml").write_text(config, encoding="utf-8")
     tool = [sys.executable, str(ROOT / "tools" / "clean_data.py"), "--config", "c.yaml", "--output", "out"]
-    return subprocess.run([*tool, *flags], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    env = os.environ | {"PATH": str(tmp_path / "bin")}
+    return subprocess.run([*tool, *flags], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=env)
 
 
 def assert_user_error(done: subprocess.CompletedProcess[str], tmp_path: Path, *parts: str) -> None:
@@ -51,6 +54,18 @@ def test_a_bad_command_line_or_configuration(config: str, flags: list[str], part
     assert done.stderr.count("\n") == 1
     assert_user_error(done, tmp_path, *parts)
     assert not (tmp_path / "out.cleaning").exists()
+
+
+def test_a_job_that_sbatch_refuses_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(GOOD)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified: nope' >&2\nexit 1\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    done = run(tmp_path, "", "--input", "in.jsonl", "--executor", "slurm", "--slurm-partition", "nope")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    *_, reason, last = done.stderr.splitlines()
+    assert reason == "invalid partition specified: nope"
+    assert last.startswith("error: sbatch refused a job (exit code 1), its reason is above")
 
 
 BAD = {
