@@ -38,7 +38,12 @@ class Piece:
 
 
 def pieces(size: ModelConfig) -> Iterator[Piece]:
-    """Every piece of a model, in the order of the declaration and then of layers and experts."""
+    """Every piece of a model, in the order of the declaration and then of layers and experts.
+
+    Raises ``ValueError`` for a model with layers of the user's own, which no family declares.
+    """
+    if size.decoder_layer is not None:
+        raise ValueError(f"--decoder-layer {size.decoder_layer}: your own layer has no names in Hugging Face's format")
     family = FAMILIES[size.model_family]
     for tensor in family.tensors:
         if not tensor.when(size):

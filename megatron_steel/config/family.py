@@ -163,7 +163,7 @@ def shapes(family: Family, tensor: Tensor, size: ModelConfig) -> list[tuple[int,
 
 def stacked(size: ModelConfig) -> bool:
     """Whether checkpoints hold the decoder layers stacked under one name: when all are alike, as in megatron-core."""
-    return not size.moe_layer_freq
+    return not size.moe_layer_freq and size.decoder_layer is None
 
 
 def has_experts(size: ModelConfig, layer: int) -> bool:

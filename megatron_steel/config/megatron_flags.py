@@ -84,7 +84,7 @@ KNOWN_FLAGS: dict[str, str] = {
     "rotary-scaling-factor": "use --use-rope-scaling with --rope-scaling-factor",
     "rotary-seq-len-interpolation-factor": "use --use-rope-scaling with --rope-scaling-type linear",
     "mtp-num-layers": NOT_YET,
-    "spec": "--model-family decides the layers",
+    "spec": "--model-family decides the layers; for one of your own see --decoder-layer",
     "encoder-seq-length": "use --seq-length",
     "padded-vocab-size": "use --vocab-size with --make-vocab-size-divisible-by",
     "no-masked-softmax-fusion": BACKEND,

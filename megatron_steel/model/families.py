@@ -71,6 +71,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         layernorm_epsilon=size.norm_epsilon,
         layernorm_zero_centered_gamma=size.apply_layernorm_1p,
         add_bias_linear=size.add_bias_linear,
+        # Your own layers need not be alike: each is saved under its own number.
+        hetereogenous_dist_checkpoint=size.decoder_layer is not None,
         hidden_dropout=size.hidden_dropout,
         init_method_std=size.init_method_std,
         # Weights are filled by initialize.py, the same way for every layout. megatron-core still has to run its own

@@ -24,15 +24,19 @@ from megatron_steel.config.schema import ModelConfig
 from megatron_steel.model.backends import layer_parts
 from megatron_steel.model.layer import DecoderLayer, DecoderLayerSubmodules
 from megatron_steel.model.moe import expert_spec
+from megatron_steel.model.own_layer import load_layer_function
 from megatron_steel.model.steel.senet import DoubleSwiGLU
 from megatron_steel.model.steel.soft_mixture import SoftMixture
 
 
 def layer_spec(provider: BackendSpecProvider, size: ModelConfig, layers: Sequence[int]) -> TransformerBlockSubmodules:
     """These decoder layers and the final norm, built from a backend's modules."""
-    return TransformerBlockSubmodules(
-        layer_specs=[choose_layer(provider, size, layer) for layer in layers], layer_norm=norm(provider, size)
-    )
+    if size.decoder_layer is not None:
+        own = load_layer_function(size.decoder_layer)
+        specs = [own(size, provider, layer) for layer in layers]
+    else:
+        specs = [choose_layer(provider, size, layer) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm(provider, size))
 
 
 def norm(provider: BackendSpecProvider, size: ModelConfig, **more: bool) -> type:

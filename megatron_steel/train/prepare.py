@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from megatron_steel.checkpoint.hf import tokenizer_facts
 from megatron_steel.checkpoint.state import TrainState, read_state
 from megatron_steel.config.check import check
 from megatron_steel.config.load import to_flat
-from megatron_steel.config.schema import Config
+from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.data.identity import Known
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.phases import Phase, Request, arrange, parse_phases
@@ -20,26 +20,23 @@ from megatron_steel.data.sources import DataSources, TokenizerFacts, open_source
 from megatron_steel.data.windows import WindowedDataset
 from megatron_steel.metrics.sinks import check_packages
 from megatron_steel.model.backends import choose_backend
+from megatron_steel.model.own_layer import load_layer_function
 from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
 from megatron_steel.text.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
 
-# Options that decide the numbers of a model: a checkpoint of other values cannot be loaded into it.
-MODEL_IDENTITY = (
-    "model_family",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "rotary_base",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "norm_epsilon",
-    "qk_layernorm",
-    "add_qkv_bias",
-    "untie_embeddings_and_output_weights",
-)
+# Model options that may differ between a checkpoint and a run that loads it; all others decide what it computes.
+FREE = {
+    "vocab_size",  # compared by resolve_vocabulary
+    "make_vocab_size_divisible_by",
+    "max_position_embeddings",
+    "init_method_std",
+    "embedding_init",
+    "attention_dropout",
+    "hidden_dropout",
+    "moe_aux_loss_coeff",
+    "moe_token_dispatcher_type",
+}
+MODEL_IDENTITY = tuple(option.name for option in fields(ModelConfig) if option.name not in FREE)
 
 
 @dataclass(kw_only=True)
@@ -96,13 +93,14 @@ def resolved(name: str, values: dict[str, Any]) -> Any:
         return values[name] or values["num_attention_heads"]
     if name == "kv_channels":
         return values[name] or values["hidden_size"] // values["num_attention_heads"]
-    if name == "rope_scaling_factor" and not values["use_rope_scaling"]:
+    if name.startswith("rope_") and not values["use_rope_scaling"]:
         return None
     return values[name]
 
 
 def check_same_model(saved: dict[str, Any], now: dict[str, Any], origin: Path) -> None:
     """``ValueError`` names the first size that differs from the checkpoint's."""
+    saved = {**to_flat(Config()), **saved}  # what an older version did not know had its default then
     for name in MODEL_IDENTITY:
         before, after = resolved(name, saved), resolved(name, now)
         if before != after:
@@ -209,6 +207,8 @@ def prepare(config: Config) -> Prepared:
     """
     warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     choose_backend(config.parallel.transformer_impl, config.size)
+    if config.size.decoder_layer is not None:
+        load_layer_function(config.size.decoder_layer)
     check_packages(config)
     checkpoint, weights_only = find_start(config, warnings)
     if checkpoint is not None:
