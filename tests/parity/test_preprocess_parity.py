@@ -166,7 +166,8 @@ def test_sidecar_says_what_was_written(corpus: Path, tmp_path: Path) -> None:
     assert sidecar["text_bytes"] == sum(len(text.encode()) for text in texts)
     assert sidecar["language_shares"]["zh"] == pytest.approx(han / (han + latin), abs=1e-4)
     assert sum(sidecar["language_shares"].values()) == pytest.approx(1, abs=1e-5)
-    assert sidecar["bin_sha256"] == hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()
+    for suffix in ("bin", "idx"):
+        assert sidecar[f"{suffix}_sha256"] == hashlib.sha256(Path(f"{prefix}.{suffix}").read_bytes()).hexdigest()
 
 
 def test_megatron_core_reads_the_dataset(corpus: Path, tmp_path: Path) -> None:
