@@ -33,6 +33,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"window_size": 4, "full_attention_layers": [1], "no_rope_layers": [0]},
     "gpt_neox": {**GPT, "activation": "gelu", "parallel_residual": True, "rotary_percent": 0.5},
     "gpt2": {**GPT, "activation": "gelu_tanh", "position_embedding_type": "learned_absolute"},
+    "steel": {"add_qkv_bias": True, "ffn_type": "softmoe_causal", "mlp_type": "senet", "soft_experts": 4},
 }
 SIZES = {
     "num_layers": 3,

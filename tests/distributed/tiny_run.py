@@ -189,7 +189,7 @@ def whole_weights(traces: Sequence[Trace], rows: int = ROWS) -> dict[str, np.nda
         if axis is None:
             assert all(np.array_equal(shares[0], share) for share in shares), f"{name} differs between ranks"
             joined = shares[0]
-        elif "linear_fc1" in name and traces[0].gated:
+        elif "linear_fc1" in name and traces[0].gated and shares[0].ndim == 2:
             halves = [np.split(share, 2) for share in shares]
             joined = np.concatenate([half[0] for half in halves] + [half[1] for half in halves])
         else:

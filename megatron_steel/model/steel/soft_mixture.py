@@ -33,6 +33,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_steel.config.families.steel import expert_width
 from megatron_steel.config.schema import ModelConfig
@@ -42,6 +43,28 @@ from megatron_steel.model.steel.prefix import PrefixMeans, prefix_means, prefix_
 # Weights of tokens in a slot are exp(Z - |scale|), at most 1 because |Z| <= |scale|. Below exp(-80) they would vanish
 # in fp32, and a slot that has seen nothing else would be 0 / 0.
 LEAST_EXPONENT = -80.0
+
+
+class ContiguousGradient(torch.autograd.Function):
+    """The same tensor, with a gradient that lies in memory as the tensor does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Nothing happens here."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """A copy, if need be."""
+        return grads[0].contiguous()
+
+
+def for_my_experts(x: Tensor, group: ProcessGroup) -> Tensor:
+    """A tensor every rank has, used by each for its own experts: its gradient is the sum over the ranks.
+
+    megatron-core 0.16.1 sums a copy of a tensor that is not contiguous and goes on with the tensor itself.
+    """
+    return ContiguousGradient.apply(copy_to_tensor_model_parallel_region(x, group=group))
 
 
 class Weight(torch.nn.Module):
@@ -137,7 +160,7 @@ class SoftMixture(MegatronModule):
         if sequence_parallel:
             x = gather_from_sequence_parallel_region(hidden_states, group=self.group)
         else:
-            x = copy_to_tensor_model_parallel_region(hidden_states, group=self.group)
+            x = for_my_experts(hidden_states, self.group)
         if self.form == "softmoe_v1":
             y = self.gated_mixture(x)
         elif self.form == "softmoe_causal":
@@ -145,13 +168,14 @@ class SoftMixture(MegatronModule):
         else:
             assert packed_seq_params is None, "config.check lets no packed documents through here"
             y = self.slot_mixture(x)
+        y = y.contiguous()  # for the reason given in for_my_experts
         if sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(y, group=self.group), None
         return reduce_from_tensor_model_parallel_region(y, group=self.group), None
 
     def replicated(self, parameter: Tensor) -> Tensor:
-        """A parameter every rank has: its gradient is the sum over ranks, since each uses it for its own experts."""
-        return copy_to_tensor_model_parallel_region(parameter, group=self.group)
+        """A parameter every rank has."""
+        return for_my_experts(parameter, self.group)
 
     def gated_mixture(self, x: Tensor) -> Tensor:
         """v1: every token through every expert, [S, B, H] -> [S, B, H]."""
