@@ -151,6 +151,10 @@ class Findings:
     """Mean over the text's next tokens."""
     generated: list[list[int]] = field(default_factory=list)
     """Greedy continuations of the prompts."""
+    leak: float = 0.0
+    """Largest change of a logit when only a later token changes; of our engine only."""
+    reach: float = 0.0
+    """The same for logits of the token itself."""
 
 
 @torch.no_grad()
@@ -219,7 +223,11 @@ def work_findings(checkpoints: dict[str, str], layout: tuple[int, int]) -> dict[
         loss = engine_loss(model, ids_BS, world)
         sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0)
         generated = generate(model, prompts(model.vocab_size), sampling, [], world)
-        found[name] = Findings(logits=logits.numpy(), loss=loss, generated=generated)
+        ids_BS[:, -1] = (ids_BS[:, -1] + 1) % model.vocab_size
+        changed = runtime.gather_objects(world, pipeline_logits(model, ids_BS, world))[-1]
+        difference_S = (changed - logits).abs().amax((0, 2))
+        leak, reach = difference_S[:-1].max().item(), difference_S[-1].item()
+        found[name] = Findings(logits=logits.numpy(), loss=loss, generated=generated, leak=leak, reach=reach)
     return found
 
 
