@@ -11,6 +11,7 @@ ModelFamily = Literal[
     "llama",
     "mistral",
     "mixtral",
+    "open_llama",
     "qwen2",
     "qwen3",
     "qwen3_moe",
