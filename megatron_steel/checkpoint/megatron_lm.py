@@ -42,9 +42,18 @@ SAME = (
     "normalization", "norm_epsilon", "apply_layernorm_1p", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
     "softmax_scale", "untie_embeddings_and_output_weights", "init_method_std", "make_vocab_size_divisible_by",
 )  # fmt: skip
+# The same for a mixture of experts.
+SAME_EXPERTS = (
+    "num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
+    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk",
+)  # fmt: skip
 # Arguments that change what a model computes, with the values that do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_experts": (None,),
+    "moe_expert_capacity_factor": (None,),
+    "moe_apply_probs_on_input": (None, False),
+    "moe_shared_expert_gate": (None, False),
+    "moe_latent_size": (None,),
     "multi_latent_attention": (None, False),
     "squared_relu": (None, False),
     "quick_geglu": (None, False),
@@ -149,6 +158,13 @@ def sizes_from_arguments(arguments: Mapping[str, Any], origin: str) -> dict[str,
             raise ValueError(f"{origin}: {name} is missing")
     if arguments.get("group_query_attention"):
         sizes["num_query_groups"] = arguments["num_query_groups"]
+    if arguments.get("num_experts"):
+        sizes |= {name: arguments[name] for name in SAME_EXPERTS if arguments.get(name) is not None}
+        if sizes.get("moe_ffn_hidden_size") == sizes["ffn_hidden_size"]:
+            del sizes["moe_ffn_hidden_size"]  # Mixtral has one width
+        every = arguments.get("moe_layer_freq", 1)
+        pattern = [int(i % every == 0) for i in range(sizes["num_layers"])] if isinstance(every, int) else list(every)
+        sizes["moe_layer_freq"] = [] if all(pattern) else pattern
     gated = bool(arguments.get("swiglu"))
     # Megatron-LM's fused GELU with bias, the default, is the tanh form, the one that is not fused the exact form.
     plain = "gelu_tanh" if arguments.get("bias_gelu_fusion") else "gelu"

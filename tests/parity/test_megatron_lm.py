@@ -41,6 +41,10 @@ GPT2: dict[str, Any] = {
     "position_embedding_type": "learned_absolute", "group_query_attention": False, "num_query_groups": 1,
     "untie_embeddings_and_output_weights": False,
 }  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    **LLAMA, "num_experts": 4, "moe_ffn_hidden_size": 40, "moe_router_topk": 2, "moe_layer_freq": 1,
+    "moe_router_score_function": "softmax", "moe_router_pre_softmax": False,
+}  # fmt: skip
 # Name: arguments, (tensor, pipeline) parallel sizes, one key per layer, the family they make.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int], bool, str]] = {
     "llama": (LLAMA, (1, 1), False, "llama"),
@@ -49,6 +53,13 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, int], bool, str]] = {
     "llama-by-layer": (LLAMA, (1, 1), True, "llama"),
     "qwen2": ({**LLAMA, "add_qkv_bias": True, "untie_embeddings_and_output_weights": False}, (2, 1), False, "qwen2"),
     "qwen3": ({**LLAMA, "qk_layernorm": True, "rotary_base": 1000000}, (1, 1), False, "qwen3"),
+    "mixtral-tp2": ({**EXPERTS, "moe_ffn_hidden_size": 88}, (2, 1), False, "mixtral"),
+    "qwen3-moe": (
+        {**EXPERTS, "qk_layernorm": True, "moe_layer_freq": 2, "moe_router_pre_softmax": True},
+        (1, 1),
+        False,
+        "qwen3_moe",
+    ),
     "gpt2": (GPT2, (2, 1), False, "gpt2"),
     "gpt2-exact-gelu": ({**GPT2, "bias_gelu_fusion": False}, (1, 1), False, "gpt2"),
 }
@@ -64,11 +75,25 @@ class Evil:
         return os.mkdir, (self.target,)
 
 
+def expert_settings(arguments: dict[str, Any], tensor_size: int) -> dict[str, Any]:
+    """What megatron-core needs for a mixture of experts besides the common settings."""
+    if not arguments["num_experts"]:
+        return {}
+    names = [name for name in arguments if name.startswith("moe_")]
+    return {
+        **{name: arguments[name] for name in names},
+        "num_moe_experts": arguments["num_experts"],
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+    }
+
+
 def build(arguments: dict[str, Any], layout: tuple[int, int], by_layer: bool) -> Any:
     """megatron-core's GPTModel as Megatron-LM builds it from its arguments, with weights of no initialisation."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     gated = arguments["swiglu"]
@@ -90,10 +115,15 @@ def build(arguments: dict[str, Any], layout: tuple[int, int], by_layer: bool) ->
         attention_dropout=0.0,
         hidden_dropout=0.0,
         hetereogenous_dist_checkpoint=by_layer,
+        **expert_settings(arguments, layout[0]),
     )
+    kinds = {"normalization": arguments["normalization"], "qk_layernorm": arguments["qk_layernorm"]}
+    spec = get_gpt_layer_local_spec(**kinds)
+    if arguments["num_experts"]:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=kinds["normalization"])
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=arguments["qk_layernorm"], normalization=arguments["normalization"]),
+        spec,
         vocab_size=PADDED,
         max_sequence_length=arguments["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -248,7 +278,7 @@ def test_arguments_that_change_the_model_are_refused_by_name() -> None:
     from megatron_steel.checkpoint.megatron_lm import choose_family, sizes_from_arguments
     from megatron_steel.config.load import from_flat
 
-    for change in ({"squared_relu": True}, {"rotary_interleaved": True}, {"spec": ["a", "b"]}, {"num_experts": 8}):
+    for change in ({"squared_relu": True}, {"rotary_interleaved": True}, {"spec": ["a", "b"]}, {"mtp_num_layers": 1}):
         with pytest.raises(ValueError, match=f"here: {next(iter(change))} .* is not supported"):
             sizes_from_arguments({**LLAMA, **change}, "here")
     with pytest.raises(ValueError, match="here: hidden_size is missing"):
