@@ -72,6 +72,9 @@ NEOX = {
 STEEL: dict[str, Any] = {
     "tie_word_embeddings": False, "mlp_type": "senet", "mlp_div_ratio": 4, "n_experts": 4, "slots_per_expert": 2,
 }  # fmt: skip
+# Experts of these forms get vectors of length 1, or sums over many tokens: their weights make up for it, or nothing of
+# what they compute would be seen, or nothing else.
+EXPERT_FACTORS = {"softmoe_v2": 0.35, "softmoe_v3": 4.0, "softmoe_causal": 4.0}
 AutoConfig.register("steel", SteelConfig)
 AutoModelForCausalLM.register(SteelConfig, SteelForCausalLM)
 QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
@@ -117,6 +120,8 @@ def make_model(name: str, **more: Any) -> PreTrainedModel:
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            if ".mlp.experts." in path:
+                noise *= EXPERT_FACTORS.get(getattr(model.config, "FFN_type", ""), 1.0)
             if path.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             elif "norm" in path or ".ln_" in path:
