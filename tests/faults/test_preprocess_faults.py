@@ -206,7 +206,8 @@ def test_a_stopped_run_leaves_no_dataset_and_no_process_and_goes_on(
     write_long_input(tmp_path)
     process = start_long_run(tmp_path, "--workers", str(workers))
     children = children_of(process)
-    assert len(children) == (0 if workers == 1 else 2)
+    # One that computes the fingerprint of the tokenizer may still be there.
+    assert workers <= len(children) <= workers + 1
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 1)
