@@ -42,6 +42,8 @@ SAME = (
     "normalization", "norm_epsilon", "apply_layernorm_1p", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
     "softmax_scale", "untie_embeddings_and_output_weights", "init_method_std", "make_vocab_size_divisible_by",
 )  # fmt: skip
+# Names some of them have in newer versions.
+NEWER = {"norm_epsilon": "layernorm_epsilon", "apply_layernorm_1p": "layernorm_zero_centered_gamma"}
 # The same for a mixture of experts.
 SAME_EXPERTS = (
     "num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
@@ -152,8 +154,9 @@ def sizes_from_arguments(arguments: Mapping[str, Any], origin: str) -> dict[str,
     for name, values in NEUTRAL.items():
         if arguments.get(name) not in values:
             raise ValueError(f"{origin}: {name} {arguments[name]!r} is not supported")
+    arguments = {**arguments, **{old: arguments[new] for old, new in NEWER.items() if new in arguments}}
     sizes = {name: arguments[name] for name in SAME if arguments.get(name) is not None}
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "norm_epsilon"):
         if name not in sizes:
             raise ValueError(f"{origin}: {name} is missing")
     if arguments.get("group_query_attention"):

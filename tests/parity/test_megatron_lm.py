@@ -41,6 +41,11 @@ GPT2: dict[str, Any] = {
     "position_embedding_type": "learned_absolute", "group_query_attention": False, "num_query_groups": 1,
     "untie_embeddings_and_output_weights": False,
 }  # fmt: skip
+# Two arguments have megatron-core's names in newer versions. The epsilon is large enough to be missed.
+NEWER = {
+    **{name: value for name, value in LLAMA.items() if name not in ("norm_epsilon", "apply_layernorm_1p")},
+    "layernorm_epsilon": 0.03, "layernorm_zero_centered_gamma": False,
+}  # fmt: skip
 EXPERTS: dict[str, Any] = {
     **LLAMA, "num_experts": 4, "moe_ffn_hidden_size": 40, "moe_router_topk": 2, "moe_layer_freq": 1,
     "moe_router_score_function": "softmax", "moe_router_pre_softmax": False,
@@ -48,6 +53,7 @@ EXPERTS: dict[str, Any] = {
 # Name: arguments, (tensor, pipeline) parallel sizes, one key per layer, the family they make.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, int], bool, str]] = {
     "llama": (LLAMA, (1, 1), False, "llama"),
+    "llama-new-names": (NEWER, (1, 1), False, "llama"),
     "llama-tp2": (LLAMA, (2, 1), False, "llama"),
     "llama-pp2": (LLAMA, (1, 2), False, "llama"),
     "llama-by-layer": (LLAMA, (1, 1), True, "llama"),
@@ -104,7 +110,7 @@ def build(arguments: dict[str, Any], layout: tuple[int, int], by_layer: bool) ->
     config = TransformerConfig(
         **{name: arguments[name] for name in names},
         num_query_groups=arguments["num_query_groups"] if arguments["group_query_attention"] else None,
-        layernorm_epsilon=arguments["norm_epsilon"],
+        layernorm_epsilon=arguments.get("norm_epsilon", arguments.get("layernorm_epsilon")),
         gated_linear_unit=gated,
         activation_func=F.silu if gated else F.gelu,
         bias_activation_fusion=arguments["bias_gelu_fusion"],
