@@ -18,6 +18,7 @@ from megatron_steel.config.check import padded_vocab_size, virtual_chunks
 from megatron_steel.config.schema import Config
 from megatron_steel.model.backends import build_provider, choose_backend
 from megatron_steel.model.cross_entropy import cross_entropy
+from megatron_steel.model.embedding import add_stable_embedding
 from megatron_steel.model.families import transformer_config
 from megatron_steel.model.initialize import initialize_weights
 from megatron_steel.model.spec import layer_spec
@@ -114,6 +115,8 @@ def build_chunk(
         vp_stage=stage,
     )
     model.valid_vocab = vocab_size
+    if first and size.stable_embedding:
+        add_stable_embedding(model, options)
     initialize_weights(model, size, vocab_size, config.data.seed, world.tensor_group)
     return model
 

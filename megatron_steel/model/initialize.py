@@ -76,6 +76,9 @@ def initial_value(name: str, local: Tensor, size: ModelConfig, rows: int, seed: 
         return torch.full_like(local, 0.0 if size.apply_layernorm_1p else 1.0)
     std = size.init_method_std / (math.sqrt(2 * size.num_layers) if name.endswith(RESIDUAL) else 1.0)
     std = getattr(local, "initial_std", std)
+    if name == VOCABULARY[0] and size.embedding_init == "xavier":
+        # Glorot and Bengio 2010, eq. 12, of the matrix without padding.
+        std = math.sqrt(2 / (rows + local.shape[1]))
     if name in VOCABULARY:
         # Padding rows are zero: they are never trained and never counted in the loss.
         padded = torch.zeros(local.shape[0] * group.size(), local.shape[1])

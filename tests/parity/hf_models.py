@@ -29,6 +29,8 @@ from transformers import (
     SmolLM3Config,
 )
 
+from megatron_steel.checkpoint.modeling.open_llama.configuration_open_llama import OpenLlamaConfig
+from megatron_steel.checkpoint.modeling.open_llama.modeling_open_llama import OpenLlamaForCausalLM
 from megatron_steel.checkpoint.modeling.steel.configuration_steel import SteelConfig
 from megatron_steel.checkpoint.modeling.steel.modeling_steel import SteelForCausalLM
 from megatron_steel.runtime import world as runtime
@@ -77,6 +79,8 @@ STEEL: dict[str, Any] = {
 EXPERT_FACTORS = {"softmoe_v2": 0.35, "softmoe_v3": 4.0, "softmoe_causal": 4.0}
 AutoConfig.register("steel", SteelConfig)
 AutoModelForCausalLM.register(SteelConfig, SteelForCausalLM)
+AutoConfig.register("open-llama", OpenLlamaConfig)
+AutoModelForCausalLM.register(OpenLlamaConfig, OpenLlamaForCausalLM)
 QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": PLAIN_ROPE}),
@@ -96,6 +100,11 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3-moe": (Qwen3MoeConfig, {**QWEN_MOE, "norm_topk_prob": True, "tie_word_embeddings": True}),
     "qwen3-moe-mixed": (Qwen3MoeConfig, {**QWEN_MOE, "mlp_only_layers": [1], "vocab_size": 133, **WINDOW}),
     "gpt2": (GPT2Config, {"n_inner": 88, "head_dim": None, "vocab_size": 133}),
+    "open-llama": (OpenLlamaConfig, {"rms_norm_eps": 1e-6}),
+    "open-llama-v2": (
+        OpenLlamaConfig,
+        {"use_stable_embedding": False, "shared_input_output_embedding": False, "vocab_size": 133},
+    ),
     "steel": (SteelConfig, {**STEEL, "FFN_type": "softmoe_causal"}),
     "steel-swiglu": (SteelConfig, {**STEEL, "FFN_type": "softmoe_causal", "mlp_type": "raw", "slots_per_expert": 1}),
     "steel-v1": (SteelConfig, {**STEEL, "FFN_type": "softmoe_v1"}),

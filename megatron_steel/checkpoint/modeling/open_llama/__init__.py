@@ -1,0 +1,1 @@
+"""Open-Llama for transformers 5, which no longer has it."""
