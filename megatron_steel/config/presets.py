@@ -43,6 +43,16 @@ LLAMA3: dict[str, Any] = {
     "num_query_groups": 8,
     "vocab_size": 128256,
 }
+OPEN_LLAMA: dict[str, Any] = {
+    "model_family": "open_llama",
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 11008,
+    "num_attention_heads": 32,
+    "norm_epsilon": 1e-5,
+    "init_method_std": 0.01,
+    "max_position_embeddings": 2048,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "steel_tiny": {
@@ -167,4 +177,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "untie_embeddings_and_output_weights": True,
         "max_position_embeddings": 32768,
     },
+    "open_llama_7b": {**OPEN_LLAMA, "stable_embedding": True, "embedding_init": "xavier", "vocab_size": 100_000},
+    "open_llama_7b_v2": {**OPEN_LLAMA, "untie_embeddings_and_output_weights": True, "vocab_size": 68_762},
 }

@@ -13,6 +13,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_steel.checkpoint.modeling.open_llama.configuration_open_llama import OpenLlamaConfig
+from megatron_steel.checkpoint.modeling.open_llama.modeling_open_llama import OpenLlamaForCausalLM
 from megatron_steel.checkpoint.modeling.steel.configuration_steel import SteelConfig
 from megatron_steel.checkpoint.modeling.steel.modeling_steel import SteelForCausalLM
 from megatron_steel.config.family import head_width
@@ -28,12 +30,18 @@ HF_CLASSES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "steel": (SteelConfig, SteelForCausalLM),
+    "open_llama": (OpenLlamaConfig, OpenLlamaForCausalLM),
 }
 
 
 def hf_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
     """Numbers of parameters by name of the same model in transformers, built without memory."""
     make_config, make_model = HF_CLASSES[model.model_family]
+    tied = not model.untie_embeddings_and_output_weights
+    own = {
+        "steel": {"FFN_type": model.ffn_type, "mlp_type": "senet"},
+        "open_llama": {"use_stable_embedding": model.stable_embedding, "shared_input_output_embedding": tied},
+    }
     config = make_config(
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,
@@ -42,8 +50,8 @@ def hf_parameters(model: ModelConfig, vocab_size: int) -> dict[str, int]:
         num_attention_heads=model.num_attention_heads,
         num_key_value_heads=model.num_query_groups or model.num_attention_heads,
         head_dim=head_width(model),
-        tie_word_embeddings=not model.untie_embeddings_and_output_weights,
-        **({"FFN_type": model.ffn_type, "mlp_type": "senet"} if model.model_family == "steel" else {}),
+        tie_word_embeddings=tied,
+        **own.get(model.model_family, {}),
         mlp_div_ratio=model.mlp_div_ratio,
     )
     with torch.device("meta"):
@@ -82,6 +90,9 @@ def test_known_sizes() -> None:
     assert count_parameters(preset("steel_1b_dense"), 151936).total == 1_122_729_216
     assert count_parameters(preset("steel_1b"), 151936).total == 1_122_922_770
     assert count_parameters(preset("mini_qwen_1b"), 151936).total == 998_810_624
+    # Open-Llama's two releases: 32 * 202,383,360 and the last norm's 4096; then one table and a norm, or two tables.
+    assert count_parameters(preset("open_llama_7b"), 100_000).total == 6_885_879_808
+    assert count_parameters(preset("open_llama_7b_v2"), 68_762).total == 7_039_569_920
     # The published number of unembedded and total parameters of Llama-3.2-1B and Llama-3-8B.
     assert count_parameters(preset("llama3.2_1b"), 128256).total == 1_235_814_400
     assert count_parameters(preset("llama3_8b"), 128256).total == 8_030_261_248

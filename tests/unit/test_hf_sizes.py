@@ -18,14 +18,19 @@ from transformers import (
     SmolLM3Config,
 )
 
+from megatron_steel.checkpoint.modeling.open_llama.configuration_open_llama import OpenLlamaConfig
 from megatron_steel.checkpoint.modeling.steel.configuration_steel import SteelConfig
+from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.hf_sizes import hf_from_sizes, read_sizes, sizes_from_hf
 from megatron_steel.config.load import apply, parse
 from megatron_steel.config.presets import PRESETS
 from megatron_steel.config.schema import Config
 
 AutoConfig.register("steel", SteelConfig)
+AutoConfig.register("open-llama", OpenLlamaConfig)
+# By model_type.
 CLASSES = {
+    "open-llama": OpenLlamaConfig,
     "steel": SteelConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -129,6 +134,25 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "vocab_size": 32768,
     },
+    "open_llama_7b_v2": {
+        "model_type": "open-llama",
+        "attention_dropout_prob": 0.1,
+        "hidden_act": "silu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 4096,
+        "initializer_range": 0.01,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "pad_token_id": 32000,
+        "rms_norm_eps": 1e-05,
+        "shared_input_output_embedding": False,
+        "tie_word_embeddings": False,
+        "use_memorry_efficient_attention": True,
+        "use_stable_embedding": False,
+        "vocab_size": 68762,
+    },
 }
 
 
@@ -155,13 +179,13 @@ def test_presets_through_transformers(name: str, spelling: Any) -> None:
     size = parse(["--model", name]).size
     rows = size.vocab_size or 1000
     theirs = AutoConfig.for_model(**spelling(hf_from_sizes(size, rows, NO_IDS, "bfloat16")))
-    assert type(theirs) is CLASSES[size.model_family]
+    assert type(theirs) is CLASSES[FAMILIES[size.model_family].model_type]
     assert (theirs.num_hidden_layers, theirs.hidden_size) == (size.num_layers, size.hidden_size)
     assert theirs.intermediate_size == size.ffn_hidden_size and theirs.vocab_size == rows
     assert theirs.num_key_value_heads == (size.num_query_groups or size.num_attention_heads)
     assert theirs.rope_parameters["rope_theta"] == size.rotary_base
     assert theirs.tie_word_embeddings is not size.untie_embeddings_and_output_weights
-    assert theirs.sliding_window is None if size.model_family != "llama" else True
+    assert getattr(theirs, "sliding_window", None) is None
 
     again = configured(sizes_from_hf(theirs.to_dict(), "x")).size
     size.num_query_groups = size.num_query_groups or size.num_attention_heads
