@@ -6,27 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_steel.config.families.llama import DENSE, OLD_BUFFERS, common_keys, read_common, write_common
-from megatron_steel.config.family import ANY, Family, Key, Tensor
+from megatron_steel.config.family import ANY, Family, Tensor
 from megatron_steel.config.schema import ModelConfig
-
-MODULES = "open_llama"
-# Sizes the published configuration class takes for absent keys.
-DEFAULTS = {
-    "vocab_size": 100_000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "max_position_embeddings": 2048,
-}  # fmt: skip
 
 
 def is_stable(size: ModelConfig) -> bool:
     """Whether there is a norm after the embedding."""
     return size.stable_embedding
-
-
-def open_llama_keys() -> tuple[Key, ...]:
-    """Llama's keys with the defaults of the published class."""
-    return tuple(
-        Key(key.theirs, key.ours, DEFAULTS[key.theirs]) if key.theirs in DEFAULTS else key for key in common_keys()
-    )
 
 
 def read_open_llama(hf: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -68,12 +54,12 @@ FAMILIES = (
         name="open_llama",
         architecture="OpenLlamaForCausalLM",
         model_type="open-llama",
-        keys=open_llama_keys(),
+        keys=common_keys(),
         tensors=(*DENSE, *(Tensor(NORM[0] + part, NORM[1] + part, "H", when=is_stable) for part in ("weight", "bias"))),
         read=read_open_llama,
         write=write_open_llama,
         switches={"stable_embedding": ANY},
         ignore=OLD_BUFFERS,
-        modeling=MODULES,
+        modeling="open_llama",
     ),
 )
