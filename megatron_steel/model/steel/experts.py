@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_steel.model.blocks import CACHED_ELEMENTS
@@ -29,66 +28,75 @@ def row_ranges(tokens: int, width: int, on_cpu: bool) -> Iterator[slice]:
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
-def gated(both: Tensor) -> Tensor:
-    """silu(gate) * up of [gate | up] [..., 2 w] -> [..., w]."""
+def gated(both: Tensor, out: Tensor) -> Tensor:
+    """silu(gate) * up of [gate | up] [..., 2 w] into ``out`` [..., w], which is returned."""
     gate, up = both.chunk(2, -1)
-    return F.silu(gate).mul_(up)
+    return torch.ops.aten.silu.out(gate, out=out).mul_(up)
 
 
-def gated_backward(grad: Tensor, both: Tensor, out: Tensor) -> Tensor:
-    """Gradient of :func:`gated` into ``out``, which may be ``both``; returns the sum over each row of grad * gated.
+def gated_backward(grad: Tensor, both: Tensor, out: Tensor, scratch: Tensor) -> None:
+    """Gradient of :func:`gated` [rows, w] into ``out`` [rows, 2 w], which may be ``both``.
 
-    With s = sigmoid(gate): silu' = s + silu - silu * s, one exponential for all.
+    The first row of ``scratch`` [3, rows, w] becomes grad * gated. With s = sigmoid(gate): silu' = s + silu - silu * s,
+    one exponential for all.
     """
     gate, up = both.chunk(2, -1)
     out_gate, out_up = out.chunk(2, -1)
-    slope = torch.sigmoid(gate)
-    active = slope * gate
-    outer = grad * up
+    active, outer, slope = scratch.unbind()
+    torch.sigmoid(gate, out=slope)
+    torch.mul(slope, gate, out=active)
+    torch.mul(grad, up, out=outer)
     torch.mul(active, grad, out=out_up)
     slope.addcmul_(active, slope, value=-1.0).add_(active)
-    dots = active.mul_(outer).sum(-1)
+    active.mul_(outer)
     torch.mul(outer, slope, out=out_gate)
-    return dots
 
 
-def second_half(means: Tensor, combine: Tensor, second: Tensor, double: bool, wide: Tensor | None = None) -> Tensor:
-    """U [T, n, 2 f], C [T, n], second matrices [n, O, f] -> y [T, H]; V goes into ``wide`` [n, T, O] if given."""
+def second_half(means: Tensor, combine: Tensor, second: Tensor, double: bool, kept: Tensor | None = None) -> Tensor:
+    """U [T, n, 2 f], C [T, n], second matrices [n, O, f] -> y [T, H]; V goes into ``kept`` [n, T, O] if given."""
     tokens, outputs = means.shape[0], second.shape[1]
-    y = means.new_zeros(tokens, outputs // 2 if double else outputs)
+    hidden = outputs // 2 if double else outputs
+    y = means.new_zeros(tokens, hidden)
     for rows in row_ranges(tokens, outputs, means.is_cpu):
-        buffer = means.new_empty(rows.stop - rows.start, outputs) if wide is None else None
+        count = rows.stop - rows.start
+        inner, product = means.new_empty(count, second.shape[2]), means.new_empty(count, hidden)
+        v = means.new_empty(count, outputs)
         for expert, matrix in enumerate(second):
-            v = buffer if wide is None else wide[expert, rows]
-            torch.mm(gated(means[rows, expert]), matrix.t(), out=v)
-            y[rows].addcmul_(gated(v) if double else v, combine[rows, expert, None])
+            v = v if kept is None else kept[expert, rows]
+            torch.mm(gated(means[rows, expert], inner), matrix.t(), out=v)
+            y[rows].addcmul_(gated(v, product) if double else v, combine[rows, expert, None])
     return y
 
 
 def second_half_backward(
-    grad: Tensor, means: Tensor, combine: Tensor, second: Tensor, double: bool, wide: Tensor | None
+    grad: Tensor, means: Tensor, combine: Tensor, second: Tensor, double: bool, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of U, C and the second matrices; without ``wide`` V is computed again.
+    """Gradients of U, C and the second matrices; without ``kept`` V is computed again.
 
-    C is a factor of each row: it goes into the narrow sides of the products instead of into gradients of V.
+    C is a factor of each row: it goes into the narrow sides of the products instead of into gradients of V. Scratch is
+    made once for many operations: fresh memory costs a CPU more than an operation in its cache.
     """
+    outputs, width = second.shape[1:]
     grad_means, grad_combine, grad_second = (torch.empty_like(x) for x in (means, combine, second))
-    for rows in row_ranges(len(means), second.shape[1], means.is_cpu):
+    for rows in row_ranges(len(means), outputs, means.is_cpu):
         given = grad[rows]
-        buffer = means.new_empty(len(given), second.shape[1])
+        count, hidden = given.shape
+        inner, grad_inner, buffer = (means.new_empty(count, w) for w in (width, width, outputs))
+        scratch, narrow = means.new_empty(3, count, hidden), means.new_empty(3, count, width)
         for expert, matrix in enumerate(second):
-            share = combine[rows, expert, None]
-            inner = gated(means[rows, expert])
-            v = torch.mm(inner, matrix.t(), out=buffer) if wide is None else wide[expert, rows]
+            share, both = combine[rows, expert, None], grad_second[expert]
+            gated(means[rows, expert], inner)
+            v = torch.mm(inner, matrix.t(), out=buffer) if kept is None else kept[expert, rows]
             if double:
-                grad_combine[rows, expert] = gated_backward(given, v, buffer)
+                gated_backward(given, v, buffer, scratch)
                 grad_v = buffer
             else:
-                grad_combine[rows, expert] = torch.linalg.vecdot(v, given)
+                torch.mul(v, given, out=scratch[0])
                 grad_v = given
-            both = grad_second[expert]
+            grad_combine[rows, expert] = scratch[0].sum(-1)
             torch.addmm(both, grad_v.t(), inner.mul_(share), beta=0 if rows.start == 0 else 1, out=both)
-            gated_backward((grad_v @ matrix).mul_(share), means[rows, expert], grad_means[rows, expert])
+            torch.mm(grad_v, matrix, out=grad_inner).mul_(share)
+            gated_backward(grad_inner, means[rows, expert], grad_means[rows, expert], narrow)
     return grad_means, grad_combine, grad_second
 
 
