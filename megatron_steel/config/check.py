@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_steel.config.check_experts import check_experts
+from megatron_steel.config.check_latent import check_latent
 from megatron_steel.config.check_soft_mixture import check_soft_mixture
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.family import ANY, SWITCHES, group_count, head_width
@@ -30,6 +31,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_heads(config)
     check_family(config)
     check_experts(config)
+    check_latent(config)
     check_soft_mixture(config)
     check_layers(config)
     check_schedule(config)

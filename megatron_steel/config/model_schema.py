@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ModelFamily = Literal[
+    "deepseek_v2",
+    "deepseek_v3",
     "gpt2",
     "gpt_neox",
     "llama",

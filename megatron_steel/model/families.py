@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_steel.config.check import virtual_chunks
 from megatron_steel.config.family import group_count, head_width
 from megatron_steel.config.model_schema import Activation
 from megatron_steel.config.schema import Config, ModelConfig
+from megatron_steel.model.mla import latent_options
 from megatron_steel.model.moe import expert_options
 from megatron_steel.runtime import device
 
@@ -61,10 +62,12 @@ def transformer_config(config: Config) -> TransformerConfig:
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     chunks = virtual_chunks(config)
     on_gpu = device.device().type != "cpu"
-    return TransformerConfig(
+    kind = MLATransformerConfig if size.multi_latent_attention else TransformerConfig
+    return kind(
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
         **attention_options(size),
+        **(latent_options(size) if size.multi_latent_attention else {}),
         **feed_forward_options(size, on_gpu),
         **expert_options(size),
         normalization=size.normalization,

@@ -23,6 +23,7 @@ from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import ModelConfig
 from megatron_steel.model.backends import layer_parts
 from megatron_steel.model.layer import DecoderLayer, DecoderLayerSubmodules
+from megatron_steel.model.mla import LATENT_NAMES, latent_attention
 from megatron_steel.model.moe import expert_spec
 from megatron_steel.model.own_layer import load_layer_function
 from megatron_steel.model.steel.senet import DoubleSwiGLU
@@ -58,6 +59,8 @@ def first_linear(provider: BackendSpecProvider, size: ModelConfig) -> type | Non
 
 def choose_attention(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:
     """The attention of a layer."""
+    if size.multi_latent_attention:
+        return latent_attention(provider, norm(provider, size))
     head_norm = norm(provider, size, for_qk=True) if size.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=layer_parts(provider).self_attention,
@@ -96,7 +99,9 @@ def choose_layer(provider: BackendSpecProvider, size: ModelConfig, layer: int) -
     mlp = choose_mlp(provider, size, layer)
     # A mixture begins with more than one linear layer: the norm stays by itself, under its own name.
     apart = is_soft(size) or has_experts(size, layer)
-    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    # Latent attention begins with two.
+    latent = size.multi_latent_attention
+    names = LATENT_NAMES.copy() if latent else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not apart:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     special: dict[str, Any] = {"parallel_residual": True} if size.parallel_residual else {}

@@ -23,6 +23,26 @@ from torch import Tensor
 STEPS = 10
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.05},
+    "deepseek_v3": {
+        "num_query_groups": None,
+        "multi_latent_attention": True,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_head_dim": 6,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 8,
+        "num_experts": 8,
+        "moe_router_topk": 3,
+        "moe_ffn_hidden_size": 24,
+        "moe_shared_expert_intermediate_size": 48,
+        "moe_layer_freq": [0, 1, 1, 1],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_aux_loss_coeff": 0.05,
+    },
     "qwen3_moe": {
         "qk_layernorm": True,
         "num_experts": 4,

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -82,6 +84,16 @@ AutoModelForCausalLM.register(SteelConfig, SteelForCausalLM)
 AutoConfig.register("open-llama", OpenLlamaConfig)
 AutoModelForCausalLM.register(OpenLlamaConfig, OpenLlamaForCausalLM)
 QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+# Latent attention: 14 channels of a head without position, 6 with, 10 of values.
+LATENT = {
+    "moe_intermediate_size": 24, "kv_lora_rank": 22, "qk_nope_head_dim": 14, "qk_rope_head_dim": 6, "v_head_dim": 10,
+    "num_key_value_heads": 4, "head_dim": 6,
+}  # fmt: skip
+# Scales already inside a text of 40 tokens.
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8,
+    "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": PLAIN_ROPE}),
     "llama-untied": (LlamaConfig, {"tie_word_embeddings": False, "vocab_size": 133, "num_key_value_heads": 4}),
@@ -96,6 +108,50 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "smollm3-window": (SmolLM3Config, {**WINDOW, "no_rope_layers": [1, 1, 0, 0], "tie_word_embeddings": False}),
     "gpt-neox": (GPTNeoXConfig, {**NEOX, "vocab_size": 133}),
     "gpt-neox-serial": (GPTNeoXConfig, {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "deepseek-v3": (
+        DeepseekV3Config,
+        {
+            **LATENT,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "q_lora_rank": 28,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": YARN,
+        },
+    ),
+    "deepseek-v2-lite": (
+        DeepseekV2Config,
+        {
+            **LATENT,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 1,
+            "topk_method": "greedy",
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.6},
+            "vocab_size": 133,
+        },
+    ),
+    "deepseek-v2": (
+        DeepseekV2Config,
+        {
+            **LATENT,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "q_lora_rank": 28,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "routed_scaling_factor": 1.5,
+            "topk_method": "group_limited_greedy",
+        },
+    ),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "qwen3-moe": (Qwen3MoeConfig, {**QWEN_MOE, "norm_topk_prob": True, "tie_word_embeddings": True}),
     "qwen3-moe-mixed": (Qwen3MoeConfig, {**QWEN_MOE, "mlp_only_layers": [1], "vocab_size": 133, **WINDOW}),
@@ -139,6 +195,9 @@ def make_model(name: str, **more: Any) -> PreTrainedModel:
                 # GPT-2 multiplies its matrices from the right.
                 inputs = parameter.shape[0 if ".c_" in path else -1]
                 parameter.copy_(noise * inputs**-0.5)
+        for path, buffer in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
