@@ -13,6 +13,7 @@ ModelFamily = Literal[
     "llama",
     "mistral",
     "mixtral",
+    "olmo2",
     "open_llama",
     "qwen2",
     "qwen3",

@@ -19,13 +19,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_steel.config.families.steel import is_soft
-from megatron_steel.config.family import has_experts
+from megatron_steel.config.family import group_count, has_experts
 from megatron_steel.config.schema import ModelConfig
 from megatron_steel.model.backends import layer_parts
 from megatron_steel.model.layer import DecoderLayer, DecoderLayerSubmodules
 from megatron_steel.model.mla import LATENT_NAMES, latent_attention
 from megatron_steel.model.moe import expert_spec
 from megatron_steel.model.own_layer import load_layer_function
+from megatron_steel.model.projection_norm import ProjectionNorm
 from megatron_steel.model.steel.senet import DoubleSwiGLU
 from megatron_steel.model.steel.soft_mixture import SoftMixture
 
@@ -57,11 +58,23 @@ def first_linear(provider: BackendSpecProvider, size: ModelConfig) -> type | Non
     return provider.column_parallel_linear()
 
 
+def head_norms(provider: BackendSpecProvider, size: ModelConfig) -> tuple[Any, Any]:
+    """The norms of queries and of keys: on each head, on all heads together, or none."""
+    if size.qk_layernorm_full:
+        query_norm, key_norm = (
+            ModuleSpec(module=ProjectionNorm, params={"heads": heads})
+            for heads in (size.num_attention_heads, group_count(size))
+        )
+        return query_norm, key_norm
+    each = norm(provider, size, for_qk=True) if size.qk_layernorm else IdentityOp
+    return each, each
+
+
 def choose_attention(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:
     """The attention of a layer."""
     if size.multi_latent_attention:
         return latent_attention(provider, norm(provider, size))
-    head_norm = norm(provider, size, for_qk=True) if size.qk_layernorm else IdentityOp
+    query_norm, key_norm = head_norms(provider, size)
     return ModuleSpec(
         module=layer_parts(provider).self_attention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -69,8 +82,8 @@ def choose_attention(provider: BackendSpecProvider, size: ModelConfig, layer: in
             linear_qkv=first_linear(provider, size),
             core_attention=provider.core_attention(),
             linear_proj=provider.row_parallel_linear(),
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
+            q_layernorm=query_norm,
+            k_layernorm=key_norm,
         ),
     )
 

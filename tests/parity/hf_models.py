@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -155,6 +156,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "qwen3-moe": (Qwen3MoeConfig, {**QWEN_MOE, "norm_topk_prob": True, "tie_word_embeddings": True}),
     "qwen3-moe-mixed": (Qwen3MoeConfig, {**QWEN_MOE, "mlp_only_layers": [1], "vocab_size": 133, **WINDOW}),
+    "olmo2": (Olmo2Config, {"vocab_size": 133, "rms_norm_eps": 1e-5}),
     "gpt2": (GPT2Config, {"n_inner": 88, "head_dim": None, "vocab_size": 133}),
     "open-llama": (OpenLlamaConfig, {"rms_norm_eps": 1e-6}),
     "open-llama-v2": (

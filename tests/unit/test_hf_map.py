@@ -22,6 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True, "kv_channels": 12},
     "smollm3": {"no_rope_layers": [1]},
+    "olmo2": {},
     "gpt_neox": {"num_query_groups": None, "activation": "gelu", "add_bias_linear": True},
     "gpt2": {"num_query_groups": None, "activation": "gelu_tanh", "add_bias_linear": True},
 }

@@ -13,6 +13,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -38,6 +39,7 @@ CLASSES = {
     "qwen3": Qwen3Config,
     "smollm3": SmolLM3Config,
     "gpt_neox": GPTNeoXConfig,
+    "olmo2": Olmo2Config,
 }
 MINIMAL = {
     "hidden_size": 512,
