@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from megatron_steel.checkpoint import files
+from megatron_steel.checkpoint.dcp_write import Chunk, write_chunks
 from megatron_steel.checkpoint.hf_folder import remove_empty
+from megatron_steel.checkpoint.hf_map import Piece, to_ours
 from megatron_steel.checkpoint.state import STATE_FILE, TOKENIZER_FOLDER, TrainState
 from megatron_steel.config.load import to_flat
-from megatron_steel.config.schema import Config
+from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.text.tokenizer import Tokenizer
 
 GENERATION_FILE = "generation_config.json"
+# Reading, joining and writing share a core; more than a few threads only wait for the disk.
+THREADS = min(4, os.cpu_count() or 1)
+
+
+@contextmanager
+def progress(total: int, label: str) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal; the function it gives takes the bytes that were done since."""
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        yield bar.update
+
+
+def piece_chunk(
+    piece: Piece, size: ModelConfig, padded_vocab: int, dtype: torch.dtype, read: Callable[[], Tensor]
+) -> Chunk:
+    """The chunk of a checkpoint that a piece is; ``read`` gives our tensor in any precision."""
+    nothing = [torch.empty(shape, device="meta") for shape in piece.shapes]
+    shape = tuple(to_ours(piece.how, nothing, size, padded_vocab).shape)
+    kind = torch.float32 if piece.fp32 else dtype
+    ones, zeros = (1,) * len(piece.index), (0,) * len(shape)
+    return Chunk(piece.key, (*piece.of, *shape), (*piece.index, *zeros), (*ones, *shape), kind, lambda: read().to(kind))
 
 
 def check_new_root(root: Path) -> None:
@@ -31,11 +59,15 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def publish_weights(
-    root: Path, config: Config, write: Callable[[Path], None], tokenizer: Tokenizer | None, generation: Path | None
+    root: Path,
+    config: Config,
+    chunks: Sequence[Chunk],
+    tokenizer: Tokenizer | None,
+    generation: Path | None,
 ) -> Path:
     """Publish a checkpoint without optimizer state as iteration 0 of a new root; returns its directory.
 
-    ``write`` writes the tensors into the directory it is given; ``generation`` is a ``generation_config.json`` to take
+    ``chunks`` are its tensors, each read when its turn has come; ``generation`` is a ``generation_config.json`` to take
     along if it is there. Nothing is left of a checkpoint that fails. Raises ``ValueError`` when the root is in use, or
     when the tokenizer has more ids than the model has rows.
     """
@@ -54,14 +86,17 @@ def publish_weights(
         root.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(root)
         temporary.mkdir()
-        write(temporary)
+        with progress(sum(chunk.nbytes for chunk in chunks), "import") as advance:
+            facts = write_chunks(temporary, chunks, THREADS, advance)
         if tokenizer is not None:
             tokenizer.save(temporary / TOKENIZER_FOLDER)
             state.tokenizer = tokenizer_facts(tokenizer)
         if generation is not None and generation.is_file():
             shutil.copyfile(generation, temporary / GENERATION_FILE)
         files.write_json(temporary / STATE_FILE, state.to_json())
-        return files.publish(root, 0, files.describe_files(temporary, files.list_files(temporary)))
+        others = [path for path in files.list_files(temporary) if str(path.relative_to(temporary)) not in facts]
+        facts |= files.describe_files(temporary, others)
+        return files.publish(root, 0, dict(sorted(facts.items())))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         remove_empty(made)

@@ -62,6 +62,7 @@ class StoredTensors:
             key: facts for key, facts in index.state_dict_metadata.items() if isinstance(facts, TensorStorageMetadata)
         }
         self.places = index.storage_data
+        self._by_offsets: dict[str, dict[tuple[int, ...], ChunkStorageMetadata]] = {}
 
     def facts(self, key: str) -> TensorStorageMetadata:
         """Shape, precision and chunks of a tensor; ``ValueError`` names it when it is not there."""
@@ -84,9 +85,22 @@ class StoredTensors:
             raise ValueError(f"{path}: {key} is not what the index says")
         return tensor
 
+    def _chunks(self, key: str) -> dict[tuple[int, ...], ChunkStorageMetadata]:
+        """Chunks of a tensor by where they begin."""
+        if key not in self._by_offsets:
+            self._by_offsets[key] = {tuple(chunk.offsets): chunk for chunk in self.tensors[key].chunks}
+        return self._by_offsets[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored precision of a tensor."""
+        return self.facts(key).properties.dtype
+
     def read(self, key: str, index: Sequence[int] = ()) -> Tensor:
         """A tensor, or its part at ``index`` along the first axes; only the chunks that hold it are read."""
         facts, depth = self.facts(key), len(index)
+        first = (*index, *[0] * (len(facts.size) - depth))
+        if (only := self._chunks(key).get(first)) and only.sizes == (*[1] * depth, *facts.size[depth:]):
+            return self.read_chunk(key, only).view(facts.size[depth:])
         whole = torch.empty(facts.size[depth:], dtype=facts.properties.dtype)
         filled = 0
         for chunk in facts.chunks:

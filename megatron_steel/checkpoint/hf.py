@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from megatron.core.dist_checkpointing import ShardedTensor
+import torch
 from torch import Tensor
 
 from megatron_steel.checkpoint import files
+from megatron_steel.checkpoint.converted import (
+    GENERATION_FILE,
+    THREADS,
+    check_new_root,
+    piece_chunk,
+    progress,
+    publish_weights,
+)
+from megatron_steel.checkpoint.dcp_read import StoredTensors
+from megatron_steel.checkpoint.dcp_write import Chunk
 from megatron_steel.checkpoint.hf_folder import (
     DTYPE_NAMES,
     HFWeights,
     check_target,
-    remove_empty,
+    new_shards,
     replaced_when_complete,
-    write_shards,
 )
-from megatron_steel.checkpoint.hf_map import pieces, to_ours, to_theirs
-from megatron_steel.checkpoint.state import STATE_FILE, TOKENIZER_FOLDER, TrainState, read_state
-from megatron_steel.checkpoint.store import PlainWeights, write_sharded
+from megatron_steel.checkpoint.hf_map import Piece, pieces, to_ours, to_theirs
+from megatron_steel.checkpoint.safetensors_file import Planned
+from megatron_steel.checkpoint.state import TOKENIZER_FOLDER, TrainState, read_state
 from megatron_steel.config.check import padded_vocab_size
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.hf_sizes import hf_from_sizes, read_sizes
-from megatron_steel.config.load import apply, from_flat, to_flat
+from megatron_steel.config.load import apply, from_flat
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.text.tokenizer import DESCRIPTION_FILE, Tokenizer, build_tokenizer
 
 SHARD_BYTES = 5_000_000_000
-GENERATION_FILE = "generation_config.json"
 CARD = """\
 ---
 library_name: transformers
@@ -66,7 +75,25 @@ def read_hf_config(folder: Path) -> Config:
     return config
 
 
-def check_tensors(source: HFWeights, size: ModelConfig) -> None:
+class Source(Protocol):
+    """Where weights come from under Hugging Face's names."""
+
+    folder: Path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it; ``ValueError`` names one that is not there."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Precision of a tensor, without reading it."""
+
+    def get(self, name: str) -> Tensor:
+        """A tensor in memory of its own."""
+
+    def unused(self, used: set[str], ignore: Sequence[str]) -> list[str]:
+        """Names nobody asked for."""
+
+
+def check_tensors(source: Source, size: ModelConfig) -> None:
     """The folder must hold exactly the tensors config.json promises; ``ValueError`` names the first that is off."""
     used: set[str] = set()
     for piece in pieces(size):
@@ -79,28 +106,24 @@ def check_tensors(source: HFWeights, size: ModelConfig) -> None:
         raise ValueError(f"{source.folder}: tensors this family does not have: {', '.join(left[:3])}")
 
 
-def sharded_weights(source: HFWeights, size: ModelConfig, padded_vocab: int) -> Iterator[tuple[str, ShardedTensor]]:
-    """Our tensors of a Hugging Face folder, each as a whole or as one layer or expert of a stack."""
-    for piece in pieces(size):
-        ours = to_ours(piece.how, [source.get(name) for name in piece.theirs], size, padded_vocab)
-        offsets = [(axis, at, count) for axis, (at, count) in enumerate(zip(piece.index, piece.of, strict=True))]
-        whole = ShardedTensor.from_rank_offsets(piece.key, ours, *offsets, prepend_axis_num=len(offsets))
-        yield ".".join((piece.key, *map(str, piece.index))), whole
+def weight_chunks(source: Source, size: ModelConfig, padded_vocab: int, dtype: torch.dtype | None) -> list[Chunk]:
+    """Our tensors of a folder, each read when it is written; in the folder's precision where ``dtype`` is None."""
+
+    def chunk(piece: Piece) -> Chunk:
+        def read() -> Tensor:
+            return to_ours(piece.how, [source.get(name) for name in piece.theirs], size, padded_vocab)
+
+        return piece_chunk(piece, size, padded_vocab, dtype or source.dtype(piece.theirs[0]), read)
+
+    return [chunk(piece) for piece in pieces(size)]
 
 
-def check_new_root(root: Path) -> None:
-    """``ValueError`` when a directory already holds checkpoints, so that an import never takes a run's place."""
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"--save {root}: exists and is not a directory; give a new name")
-    if root.is_dir() and files.published(root):
-        raise ValueError(f"--save {root}: already holds checkpoints; give a new name")
-
-
-def import_hf(folder: Path, root: Path, tensor_parallel_size: int = 1) -> Path:
+def import_hf(folder: Path, root: Path, tensor_parallel_size: int = 1, dtype: torch.dtype | None = None) -> Path:
     """Write a Hugging Face folder as a checkpoint without optimizer state; returns its directory.
 
     The checkpoint loads on any layout; ``tensor_parallel_size`` only decides how far the vocabulary is padded in it.
-    Raises ``ValueError`` for anything the folder lacks or this engine does not support; nothing is written then.
+    ``dtype`` changes the precision of the weights. Raises ``ValueError`` for anything the folder lacks or this engine
+    does not support; nothing is written then.
     """
     config = read_hf_config(folder)
     check_new_root(root)
@@ -109,33 +132,10 @@ def import_hf(folder: Path, root: Path, tensor_parallel_size: int = 1) -> Path:
     size = config.size
     source = HFWeights(folder, FAMILIES[size.model_family].base_prefix)
     check_tensors(source, size)
-    tokenizer = tokenizer_of(folder)
     assert size.vocab_size is not None
-    if tokenizer is not None and tokenizer.vocab_size > size.vocab_size:
-        raise ValueError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the embedding only {size.vocab_size} rows; "
-            f"resize the embedding or remove the added tokens"
-        )
     padded = padded_vocab_size(size.vocab_size, size.make_vocab_size_divisible_by, tensor_parallel_size)
-    state = TrainState(config=to_flat(config), vocab_size=size.vocab_size, has_optimizer=False)
-    temporary = files.temporary_directory(root, 0)
-    made = [path for path in (root.absolute(), *root.absolute().parents) if not path.exists()]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(root)
-        temporary.mkdir()
-        write_sharded(dict(sharded_weights(source, size, padded)), temporary)
-        if tokenizer is not None:
-            tokenizer.save(temporary / TOKENIZER_FOLDER)
-            state.tokenizer = tokenizer_facts(tokenizer)
-        if (folder / GENERATION_FILE).is_file():
-            shutil.copyfile(folder / GENERATION_FILE, temporary / GENERATION_FILE)
-        files.write_json(temporary / STATE_FILE, state.to_json())
-        return files.publish(root, 0, files.describe_files(temporary, files.list_files(temporary)))
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        remove_empty(made)
-        raise
+    chunks = weight_chunks(source, size, padded, dtype)
+    return publish_weights(root, config, chunks, tokenizer_of(folder), folder / GENERATION_FILE)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:
@@ -145,43 +145,82 @@ def tokenizer_of(folder: Path) -> Tokenizer | None:
     return None
 
 
-def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What identifies a tokenizer in checkpoints and sidecars."""
-    return {"type": tokenizer.name, "fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
+def read_theirs(weights: StoredTensors, piece: Piece, size: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
+    """Hugging Face's tensors of one piece, by name."""
+    ours = weights.read(piece.key, piece.index)
+    return dict(zip(piece.theirs, to_theirs(piece.how, ours, size, vocab_size), strict=True))
 
 
-def hf_tensors(weights: PlainWeights, size: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's tensors from our stacked ones; one of ours is in memory at a time."""
-    for key, group in itertools.groupby(pieces(size), key=lambda piece: piece.key):
-        stack = weights.read(key)
-        for piece in group:
-            # Parts may be views, which would keep the whole stack in memory for as long as one of them lives.
-            parts = (part.clone() for part in to_theirs(piece.how, stack[piece.index], size, vocab_size))
-            yield from zip(piece.theirs, parts, strict=True)
+def hf_tensors(weights: StoredTensors, size: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's tensors from ours; one piece is in memory at a time."""
+    for piece in pieces(size):
+        yield from read_theirs(weights, piece, size, vocab_size).items()
 
 
-def export_hf(checkpoint: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def export_weights(
+    weights: StoredTensors, folder: Path, size: ModelConfig, dtype: torch.dtype | None, shard_bytes: int
+) -> int:
+    """Write all weights as safetensors, several pieces at once; returns the number of parameters."""
+    assert size.vocab_size is not None
+    vocab_size = size.vocab_size
+
+    def kind(piece: Piece) -> torch.dtype:
+        return torch.float32 if piece.fp32 else dtype or weights.dtype(piece.key)
+
+    planned = [
+        Planned(name, kind(piece), shape)
+        for piece in pieces(size)
+        for name, shape in zip(piece.theirs, piece.shapes, strict=True)
+    ]
+    with new_shards(folder, planned, shard_bytes) as shards, progress(
+        sum(tensor.nbytes for tensor in planned), "export"
+    ) as advance, ThreadPoolExecutor(THREADS) as pool:  # fmt: skip
+
+        def write(piece: Piece) -> None:
+            for name, tensor in read_theirs(weights, piece, size, vocab_size).items():
+                shards[name].write(name, tensor.to(kind(piece)))
+                advance(tensor.nbytes)
+
+        for _ in pool.map(write, pieces(size)):
+            pass  # errors of the threads are raised here
+    return sum(math.prod(tensor.shape) for tensor in planned)
+
+
+def export_hf(checkpoint: Path, folder: Path, shard_bytes: int = SHARD_BYTES, dtype: torch.dtype | None = None) -> None:
     """Write a checkpoint as a Hugging Face folder that loads with nothing but the folder.
 
-    Weights keep their stored precision, padding rows are trimmed, tied heads are not written twice. The folder
-    appears under its name only when it is complete. Raises ``ValueError`` when it already holds something else.
+    Weights keep their stored precision unless ``dtype`` says another, padding rows are trimmed, tied heads are not
+    written twice, and code for transformers comes along for families it does not know. The folder appears under its
+    name only when it is complete. Raises ``ValueError`` when it already holds something else.
     """
     state = read_state(checkpoint)
     size = from_flat(state.config).size
+    size.vocab_size = state.vocab_size
     check_target(folder)
     folder = folder.resolve()
-    weights = PlainWeights(checkpoint)
-    dtype = DTYPE_NAMES[weights.dtype("decoder.final_layernorm.weight")]
+    weights = StoredTensors(checkpoint)
+    written = DTYPE_NAMES[dtype or weights.dtype("decoder.final_layernorm.weight")]
     with replaced_when_complete(folder) as temporary:
-        parameters = write_shards(temporary, hf_tensors(weights, size, state.vocab_size), shard_bytes)
+        parameters = export_weights(weights, temporary, size, dtype, shard_bytes)
         token_ids = write_tokenizer(checkpoint, temporary)
-        files.write_json(temporary / "config.json", hf_from_sizes(size, state.vocab_size, token_ids, dtype))
+        files.write_json(temporary / "config.json", hf_from_sizes(size, state.vocab_size, token_ids, written))
+        for path in modeling_files(size):
+            shutil.copyfile(path, temporary / path.name)
         if (checkpoint / GENERATION_FILE).is_file():
             shutil.copyfile(checkpoint / GENERATION_FILE, temporary / GENERATION_FILE)
         else:
             files.write_json(temporary / GENERATION_FILE, token_ids)
-        card = model_card(folder.name, state, size, parameters, dtype, (temporary / "tokenizer_config.json").is_file())
+        tokenizer = (temporary / "tokenizer_config.json").is_file()
+        card = model_card(folder.name, state, size, parameters, written, tokenizer)
         files.write_text(temporary / "README.md", card)
+
+
+def modeling_files(size: ModelConfig) -> list[Path]:
+    """The code that goes along with weights of a family transformers does not know."""
+    name = FAMILIES[size.model_family].modeling
+    if name is None:
+        return []
+    return sorted(path for path in (Path(__file__).parent / "modeling" / name).glob("*.py") if path.stem != "__init__")
 
 
 def write_tokenizer(checkpoint: Path, folder: Path) -> dict[str, Any]:

@@ -6,26 +6,24 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_steel.checkpoint import files
+from megatron_steel.checkpoint.safetensors_file import NewFile, Planned, TensorFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # What a folder that may be replaced consists of; anything else in it is somebody's work.
-OWN_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".tiktoken", ".txt", ".md")
+OWN_SUFFIXES = (".json", ".safetensors", ".py", ".jinja", ".model", ".tiktoken", ".txt", ".md")
 
 
 class HFWeights:
-    """The tensors of a Hugging Face folder by name, read when asked for."""
+    """The tensors of a Hugging Face folder by name, read when asked for, from any thread."""
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
         """``prefix`` is put before the names of a file none of whose names begin with it (GPT-2's on the hub).
@@ -33,20 +31,14 @@ class HFWeights:
         Raises ``ValueError`` when the folder holds no readable safetensors or its index names a missing shard.
         """
         self.folder = folder
-        self.places: dict[str, str] = {}
-        self.open_shards = {}
+        self.places: dict[str, TensorFile] = {}
         for shard in self._shards():
-            path = folder / shard
-            if not path.is_file():
-                raise ValueError(f"{path}: missing; only safetensors weights are read")
-            try:
-                self.open_shards[shard] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-            for name in self.open_shards[shard].keys():  # noqa: SIM118 - a safetensors file is no mapping
-                self.places[name] = shard
+            if not (folder / shard).is_file():
+                raise ValueError(f"{folder / shard}: missing; only safetensors weights are read")
+            file = TensorFile(folder / shard)
+            self.places |= dict.fromkeys(file.places, file)
         self.missing = "" if any(name.startswith(prefix) for name in self.places) else prefix
-        self.places = {self.missing + name: shard for name, shard in self.places.items()}
+        self.places = {self.missing + name: file for name, file in self.places.items()}
 
     def _shards(self) -> list[str]:
         index = self.folder / INDEX
@@ -59,16 +51,20 @@ class HFWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it; ``ValueError`` names it when it is not there."""
-        return tuple(self._shard(name).get_slice(name.removeprefix(self.missing)).get_shape())
+        return self._file(name).places[name.removeprefix(self.missing)].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Precision of one tensor, without reading it."""
+        return self._file(name).places[name.removeprefix(self.missing)].dtype
 
     def get(self, name: str) -> Tensor:
         """One tensor; ``ValueError`` names it when it is not there."""
-        return self._shard(name).get_tensor(name.removeprefix(self.missing))
+        return self._file(name).read(name.removeprefix(self.missing))
 
-    def _shard(self, name: str) -> Any:
+    def _file(self, name: str) -> TensorFile:
         if name not in self.places:
             raise ValueError(f"{self.folder}: holds no tensor {name}")
-        return self.open_shards[self.places[name]]
+        return self.places[name]
 
     def unused(self, used: set[str], ignore: Sequence[str]) -> list[str]:
         """Names nobody asked for, but for those that match a pattern of ``ignore``."""
@@ -76,39 +72,32 @@ class HFWeights:
         return sorted(name for name in rest if not any(re.fullmatch(pattern, name) for pattern in ignore))
 
 
-def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> int:
-    """Write safetensors files of at most ``shard_bytes`` and, for more than one, their index; returns the elements.
+@contextmanager
+def new_shards(folder: Path, tensors: Sequence[Planned], shard_bytes: int) -> Iterator[dict[str, NewFile]]:
+    """Safetensors files of at most ``shard_bytes`` to write the tensors to, by name, and an index for several files.
 
-    At most one shard is held in memory: files are named when their number is known. A tensor larger than
-    ``shard_bytes`` gets a file of its own.
+    A tensor larger than ``shard_bytes`` gets a file of its own.
     """
-    shards: list[list[str]] = []
-    elements = total = filled = 0
-    pending: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and filled + tensor.nbytes > shard_bytes:
-            flush()
+    shards: list[list[Planned]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
             filled = 0
-        pending[name] = tensor
+        shards[-1].append(tensor)
         filled += tensor.nbytes
-        total += tensor.nbytes
-        elements += tensor.numel()
-    flush()
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    for number, file in enumerate(names):
-        (folder / f"{number}.part").rename(folder / file)
+    with ExitStack() as stack:
+        opened: dict[str, NewFile] = {}
+        for name, shard in zip(names, shards, strict=True):
+            file = stack.enter_context(closing(NewFile(folder / name, shard)))
+            opened |= {tensor.name: file for tensor in shard}
+        yield opened
     if count > 1:
-        places = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        files.write_json(folder / INDEX, index)
-    return elements
+        places = {tensor: file.path.name for tensor, file in sorted(opened.items())}
+        total = sum(tensor.nbytes for tensor in tensors)
+        files.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def check_target(folder: Path) -> None:

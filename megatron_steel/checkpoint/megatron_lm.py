@@ -12,18 +12,17 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from megatron_steel.checkpoint.converted import publish_weights
+from megatron_steel.checkpoint.converted import piece_chunk, publish_weights
 from megatron_steel.checkpoint.dcp_read import StoredTensors
 from megatron_steel.checkpoint.files import TRACKER
 from megatron_steel.checkpoint.hf_map import Piece, pieces
-from megatron_steel.checkpoint.store import write_sharded
 from megatron_steel.config.check import padded_vocab_size
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.family import ANY, SWITCHES, Family
@@ -221,16 +220,28 @@ class MegatronWeights:
             if piece.index and name.startswith("decoder.layers."):
                 yield name.replace("decoder.layers.", f"decoder.layers.{piece.index[0]}."), piece.index[1:]
 
-    def read(self, piece: Piece) -> Tensor:
-        """A piece; ``ValueError`` names it when it is not there."""
+    def find(self, piece: Piece) -> tuple[list[str], tuple[int, ...]]:
+        """Keys that hold a piece, to be joined, and its index in each; ``ValueError`` when it is not there."""
         for key, index in self.places(piece):
             # Gate and up projection under keys of their own, as newer versions may write them.
             for keys in ([key], [f"{key}_w", f"{key}_v"]):
                 if all(part in self.stored.tensors for part in keys):
                     self.used.update(keys)
-                    parts = [self.stored.read(part, index) for part in keys]
-                    return torch.cat(parts) if len(parts) > 1 else parts[0]
+                    return keys, index
         raise ValueError(f"{self.stored.directory}: holds no tensor {piece.key}")
+
+    def facts(self, piece: Piece) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and precision of a piece."""
+        keys, index = self.find(piece)
+        facts = [self.stored.facts(key) for key in keys]
+        shape = tuple(facts[0].size[len(index) :])
+        return (len(keys) * shape[0], *shape[1:]), facts[0].properties.dtype
+
+    def read(self, piece: Piece) -> Tensor:
+        """A piece."""
+        keys, index = self.find(piece)
+        parts = [self.stored.read(key, index) for key in keys]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def left_over(self) -> list[str]:
         """Keys of the model that nobody asked for."""
@@ -272,18 +283,16 @@ def import_megatron(
     apply(config, {"model_family": choose_family(size, family, origin)}, origin)
     padded = padded_vocab_size(rows, size.make_vocab_size_divisible_by, tensor_parallel_size)
 
-    def write(target: Path) -> None:
-        tensors = {}
-        for piece in pieces(size):
-            whole = source.read(piece)
-            whole = with_rows(whole, rows, padded) if piece.key in VOCABULARY else whole
-            if piece.key not in VOCABULARY and whole.numel() != sum(map(math.prod, piece.shapes)):
-                raise ValueError(f"{directory}: {piece.key} is {tuple(whole.shape)}, not what the arguments say")
-            places = [(axis, at, count) for axis, (at, count) in enumerate(zip(piece.index, piece.of, strict=True))]
-            part = ShardedTensor.from_rank_offsets(piece.key, whole, *places, prepend_axis_num=len(places))
-            tensors["/".join((piece.key, *map(str, piece.index)))] = part
-        if left := source.left_over():
-            raise ValueError(f"{directory}: tensors --model-family {size.model_family} does not have: {left[0]}")
-        write_sharded(tensors, target)
+    def read(piece: Piece) -> Tensor:
+        whole = source.read(piece)
+        return with_rows(whole, rows, padded) if piece.key in VOCABULARY else whole
 
-    return publish_weights(save, config, write, tokenizer, None)
+    chunks = []
+    for piece in pieces(size):
+        shape, dtype = source.facts(piece)
+        if piece.key not in VOCABULARY and math.prod(shape) != sum(map(math.prod, piece.shapes)):
+            raise ValueError(f"{directory}: {piece.key} is {shape}, not what the arguments say")
+        chunks.append(piece_chunk(piece, size, padded, dtype, partial(read, piece)))
+    if left := source.left_over():
+        raise ValueError(f"{directory}: tensors --model-family {size.model_family} does not have: {left[0]}")
+    return publish_weights(save, config, chunks, tokenizer, None)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_steel.checkpoint.converted import publish_weights
-from megatron_steel.checkpoint.hf import check_tensors, sharded_weights
-from megatron_steel.checkpoint.store import write_sharded
+from megatron_steel.checkpoint.hf import check_tensors, weight_chunks
 from megatron_steel.config.check import padded_vocab_size
 from megatron_steel.config.hf_sizes import sizes_from_hf
 from megatron_steel.config.load import apply
@@ -89,6 +88,10 @@ class MetaWeights:
         if axis is not None:
             shape[axis] = sum(part.shape[axis] for part in parts)
         return tuple(shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Precision of one tensor, without reading it."""
+        return self.parts(name)[0][0].dtype
 
     def get(self, name: str) -> Tensor:
         """One tensor; ``ValueError`` names it when it is not there."""
@@ -197,8 +200,5 @@ def import_meta(
     check_tensors(source, size)
     assert size.vocab_size is not None
     padded = padded_vocab_size(size.vocab_size, size.make_vocab_size_divisible_by, tensor_parallel_size)
-
-    def write(directory: Path) -> None:
-        write_sharded(dict(sharded_weights(source, size, padded)), directory)
-
-    return publish_weights(root, config, write, tokenizer or own_tokenizer(folder), None)
+    chunks = weight_chunks(source, size, padded, None)
+    return publish_weights(root, config, chunks, tokenizer or own_tokenizer(folder), None)

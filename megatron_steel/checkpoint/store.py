@@ -193,25 +193,3 @@ def assign(model: Model, loaded: dict[str, Any]) -> None:
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
         missing, unexpected = module.load_state_dict(loaded[name], strict=False)
         assert not unexpected and all(key.endswith(EXTRA_STATE) for key in missing), (missing, unexpected)
-
-
-class PlainWeights:
-    """The model's tensors by their names in the whole model, read one at a time; any layout, one process.
-
-    Decoder layers are stacked: ``decoder.layers.mlp.linear_fc2.weight`` is [layers, hidden, ffn].
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self.stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored precision of a tensor."""
-        return self.stored[name].dtype
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor; ``ValueError`` names it when the checkpoint does not hold it."""
-        if name not in self.stored:
-            raise ValueError(f"{self.checkpoint}: holds no tensor {name}")
-        wanted = {name: self.stored[name]}
-        return dist_checkpointing.load(wanted, str(self.checkpoint), validate_access_integrity=False)[name]

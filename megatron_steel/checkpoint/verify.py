@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_steel.checkpoint.dcp_read import StoredTensors
 from megatron_steel.checkpoint.hf import hf_tensors
 from megatron_steel.checkpoint.hf_folder import HFWeights
 from megatron_steel.checkpoint.state import TOKENIZER_FOLDER, load_tokenizer, read_state
-from megatron_steel.checkpoint.store import PlainWeights, load_weights
+from megatron_steel.checkpoint.store import load_weights
 from megatron_steel.config.check import check_heads, check_layers
 from megatron_steel.config.load import from_flat
 from megatron_steel.config.schema import Config, ParallelConfig
@@ -71,7 +72,7 @@ def different_tensors(checkpoint: Path, folder: Path) -> list[str]:
     size = from_flat(state.config).size
     theirs = HFWeights(folder)
     seen, found = set(), []
-    for name, ours in hf_tensors(PlainWeights(checkpoint), size, state.vocab_size):
+    for name, ours in hf_tensors(StoredTensors(checkpoint), size, state.vocab_size):
         seen.add(name)
         if name not in theirs.places or theirs.shape(name) != tuple(ours.shape):
             found.append(name)

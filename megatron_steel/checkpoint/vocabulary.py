@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from megatron_steel.checkpoint.converted import GENERATION_FILE, publish_weights
 from megatron_steel.checkpoint.dcp_read import StoredTensors
+from megatron_steel.checkpoint.dcp_write import Chunk
 from megatron_steel.checkpoint.state import load_tokenizer, read_state
-from megatron_steel.checkpoint.store import write_sharded
 from megatron_steel.config.check import padded_vocab_size
 from megatron_steel.config.load import from_flat
 from megatron_steel.model.initialize import VOCABULARY, draw
@@ -87,17 +87,14 @@ def extend_vocabulary(
         real = extended_rows(old_VH, rows, old.vocab_size, new, method, noise)
         return torch.cat((real, real.new_zeros(padded - rows, real.shape[1])))
 
-    def write(directory: Path) -> None:
-        tensors = {}
-        for key, facts in stored.tensors.items():
-            if key in VOCABULARY:
-                tensors[key] = ShardedTensor.from_rank_offsets(key, vocabulary(key))
-            elif key.startswith(MODEL):
-                for number, chunk in enumerate(facts.chunks):
-                    boxes = enumerate(zip(chunk.offsets, chunk.sizes, facts.size, strict=True))
-                    places = [(axis, start // length, total // length) for axis, (start, length, total) in boxes]
-                    part = ShardedTensor.from_rank_offsets(key, stored.read_chunk(key, chunk), *places)
-                    tensors[f"{key}/{number}"] = part
-        write_sharded(tensors, directory)
-
-    return publish_weights(root, config, write, tokenizer, checkpoint / GENERATION_FILE)
+    chunks = []
+    for key, facts in stored.tensors.items():
+        shape, dtype = tuple(facts.size), facts.properties.dtype
+        if key in VOCABULARY:
+            wide = (padded, shape[1])
+            chunks.append(Chunk(key, wide, (0, 0), wide, dtype, partial(vocabulary, key)))
+        elif key.startswith(MODEL):
+            for chunk in facts.chunks:
+                read = partial(stored.read_chunk, key, chunk)
+                chunks.append(Chunk(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype, read))
+    return publish_weights(root, config, chunks, tokenizer, checkpoint / GENERATION_FILE)
