@@ -15,7 +15,7 @@ from megatron_steel.checkpoint.modeling.steel.configuration_steel import SteelCo
 from megatron_steel.checkpoint.modeling.steel.modeling_steel import SteelForCausalLM
 from megatron_steel.config.check import check
 from megatron_steel.config.hf_sizes import hf_from_sizes, sizes_from_hf
-from megatron_steel.config.load import from_flat, parse
+from megatron_steel.config.load import from_flat, parse, to_flat
 from megatron_steel.plan.parameters import count_parameters
 
 # The released config.json, cut to what decides numbers: it calls itself Qwen2.
@@ -138,3 +138,16 @@ def test_training_refuses_before_it_imports_anything_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert result.returncode == 2 and result.stdout == "False\n", result.stderr
     assert result.stderr.startswith("error: --ffn-type softmoe_v3 shows") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("finetune", [True, False])
+def test_a_causal_run_may_start_from_released_weights(finetune: bool) -> None:
+    from megatron_steel.train.prepare import check_same_model
+
+    saved, now = ({**tiny(form, "senet"), "finetune": finetune} for form in ("softmoe_v3", "softmoe_causal"))
+    flat = [to_flat(from_flat(options)) for options in (saved, now)]
+    if finetune:
+        check_same_model(*flat, Path("x"))
+        return
+    with pytest.raises(ValueError, match="x was saved with --ffn-type softmoe_v3, this run has softmoe_causal"):
+        check_same_model(*flat, Path("x"))
