@@ -50,12 +50,10 @@ def work(argv: list[str]) -> None:
     cpu.install()
     from megatron_steel.checkpoint.state import read_state
     from megatron_steel.checkpoint.vocabulary import extend_vocabulary
-    from megatron_steel.runtime import world as runtime
     from megatron_steel.text.tokenizer import build_tokenizer
 
     kind = options.tokenizer_type or read_state(checkpoint).tokenizer.get("type", "HuggingFaceTokenizer")
     tokenizer = build_tokenizer(kind, options.tokenizer_model)
-    world = runtime.start()
     made = extend_vocabulary(
         checkpoint,
         tokenizer,
@@ -65,7 +63,6 @@ def work(argv: list[str]) -> None:
         seed=options.seed,
         tensor_parallel_size=options.tensor_model_parallel_size,
     )
-    runtime.stop(world, failed=False)
     print(f"wrote {made}: {read_state(made).vocab_size} rows, {read_state(checkpoint).vocab_size} before")
 
 

@@ -99,11 +99,8 @@ def work(argv: list[str]) -> None:
 
     cpu.install()
     from megatron_steel.checkpoint.state import TOKENIZER_FOLDER, read_state
-    from megatron_steel.runtime import world as runtime
 
-    world = runtime.start()
     made = (import_meta if options.source == "meta" else import_megatron)(options, tokenizer)
-    runtime.stop(world, failed=False)
     state = read_state(made)
     without = "" if (made / TOKENIZER_FOLDER).is_dir() else ", without a tokenizer (--tokenizer-model adds one)"
     print(f"wrote {made}: {state.config['model_family']}, {state.vocab_size} rows{without}")
