@@ -1,8 +1,8 @@
 """Convert between checkpoints and Hugging Face folders, in one CPU process for any TP x PP of the source.
 
-    python tools/convert_hf.py import --hf DIR --save CKPT [--tensor-model-parallel-size N]
-    python tools/convert_hf.py export --load CKPT --hf DIR [--ckpt-step N]
-    python tools/convert_hf.py verify --load CKPT --hf DIR [--ckpt-step N]
+    python tools/convert_hf.py import --hf DIR --save CKPT [--tensor-model-parallel-size N] [--dtype bf16]
+    python tools/convert_hf.py export --load CKPT --hf DIR [--ckpt-step N] [--dtype bf16] [--max-shard-size 5GB]
+    python tools/convert_hf.py verify --load CKPT --hf DIR [--ckpt-step N] [--trust-remote-code]
 
 Exit codes: 0 done (verify: the same model), 1 verify found a difference, 2 user error; nothing half-written is left.
 """
@@ -10,13 +10,18 @@ Exit codes: 0 done (verify: the same model), 1 verify found a difference, 2 user
 from __future__ import annotations
 
 import argparse
-import signal
+import re
 import sys
 from pathlib import Path
-from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
 
 from megatron_steel.checkpoint.files import find_checkpoint
 from megatron_steel.config.load import user_errors
+from tools.command_line import leave_on_sigterm
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,17 +40,28 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--load", type=Path, required=True, help="checkpoint directory")
         command.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
         command.add_argument("--ckpt-step", type=int, default=None, help="iteration; the newest when left out")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the code that the folder carries")
+    commands.choices["export"].add_argument(
+        "--max-shard-size", type=shard_bytes, default="5GB", metavar="SIZE", help="of a file, such as 900MB (5GB)"
+    )
+    for name in ("import", "export"):
+        commands.choices[name].add_argument("--dtype", choices=DTYPES, help="precision to write; as it is stored")
     return parser
 
 
-def stop_cleanly(number: int, frame: FrameType | None) -> None:
-    """On SIGTERM leave like on Ctrl-C, so that what was half-written is removed."""
-    raise SystemExit(128 + number)
+def shard_bytes(text: str) -> int:
+    """Bytes of a size such as 5GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB|)", text)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 900MB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def convert(options: argparse.Namespace, checkpoint: Path | None) -> int:
     """Run one conversion; ``checkpoint`` is the source of export and verify. Returns the exit code."""
     # Heavy imports come after the cheap checks, so that most errors answer at once.
+    import torch
+
     from megatron_steel.runtime import cpu
 
     cpu.install()
@@ -54,13 +70,15 @@ def convert(options: argparse.Namespace, checkpoint: Path | None) -> int:
 
     world = runtime.start()
     code = 0
+    name = getattr(options, "dtype", None)
+    dtype = None if name is None else getattr(torch, DTYPES[name])
     if checkpoint is None:
-        print(f"wrote {hf.import_hf(options.hf, options.save, options.tensor_model_parallel_size)}")
+        print(f"wrote {hf.import_hf(options.hf, options.save, options.tensor_model_parallel_size, dtype)}")
     elif options.command == "export":
-        hf.export_hf(checkpoint, options.hf)
+        hf.export_hf(checkpoint, options.hf, options.max_shard_size, dtype)
         print(f"wrote {options.hf}")
     else:
-        report = verify.compare_with_hf(checkpoint, options.hf, world)
+        report = verify.compare_with_hf(checkpoint, options.hf, world, trust_remote_code=options.trust_remote_code)
         print(report.one_line())
         code = 0 if report.same else 1
     runtime.stop(world, failed=False)
@@ -70,7 +88,7 @@ def convert(options: argparse.Namespace, checkpoint: Path | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one conversion; returns the exit code."""
     options = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, stop_cleanly)
+    leave_on_sigterm()
     with user_errors():
         if options.command != "export" and not (options.hf / "config.json").is_file():
             raise ValueError(f"--hf {options.hf}: not a Hugging Face folder (it holds no config.json)")

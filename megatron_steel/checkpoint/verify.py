@@ -115,11 +115,17 @@ def sample_ids(checkpoint: Path, vocab_size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def compare_with_hf(checkpoint: Path, folder: Path, world: World, texts: list[Tensor] | None = None) -> Comparison:
+def compare_with_hf(
+    checkpoint: Path,
+    folder: Path,
+    world: World,
+    texts: list[Tensor] | None = None,
+    trust_remote_code: bool = False,
+) -> Comparison:
     """Compare the weights, and run both models on the same ids in fp32 on one process.
 
-    ``texts`` are rows of token ids [1, S]; sample texts when left out. Raises ``ValueError`` when the folder does not
-    load with ``transformers``.
+    ``texts`` are rows of token ids [1, S]; sample texts when left out. ``trust_remote_code`` lets ``transformers`` run
+    the code in the folder. Raises ``ValueError`` when the folder does not load with ``transformers``.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -128,7 +134,9 @@ def compare_with_hf(checkpoint: Path, folder: Path, world: World, texts: list[Te
     different = different_tensors(checkpoint, folder)
     model, _ = load_for_inference(checkpoint, world, bf16=False)
     try:
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
+        ).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"--hf {folder}: transformers cannot load it: {error}") from error
     differences, sizes, agreeing, count = [], [], 0, 0
