@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_steel.checkpoint.converted import tokenizer_facts
 from megatron_steel.checkpoint.files import find_checkpoint, problem_with, published
-from megatron_steel.checkpoint.hf import tokenizer_facts
 from megatron_steel.checkpoint.state import TrainState, read_state
 from megatron_steel.config.check import check
 from megatron_steel.config.load import to_flat
