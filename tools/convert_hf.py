@@ -60,29 +60,34 @@ def shard_bytes(text: str) -> int:
 def convert(options: argparse.Namespace, checkpoint: Path | None) -> int:
     """Run one conversion; ``checkpoint`` is the source of export and verify. Returns the exit code."""
     # Heavy imports come after the cheap checks, so that most errors answer at once.
+    if checkpoint is not None and options.command == "verify":
+        return verify(options, checkpoint)
     import torch
 
+    from megatron_steel.checkpoint import hf
+
+    dtype = None if options.dtype is None else getattr(torch, DTYPES[options.dtype])
+    if checkpoint is None:
+        print(f"wrote {hf.import_hf(options.hf, options.save, options.tensor_model_parallel_size, dtype)}")
+    else:
+        hf.export_hf(checkpoint, options.hf, options.max_shard_size, dtype)
+        print(f"wrote {options.hf}")
+    return 0
+
+
+def verify(options: argparse.Namespace, checkpoint: Path) -> int:
+    """Compare both models; the exit code says whether they are the same."""
     from megatron_steel.runtime import cpu
 
     cpu.install()
-    from megatron_steel.checkpoint import hf, verify
+    from megatron_steel.checkpoint.verify import compare_with_hf
     from megatron_steel.runtime import world as runtime
 
     world = runtime.start()
-    code = 0
-    name = getattr(options, "dtype", None)
-    dtype = None if name is None else getattr(torch, DTYPES[name])
-    if checkpoint is None:
-        print(f"wrote {hf.import_hf(options.hf, options.save, options.tensor_model_parallel_size, dtype)}")
-    elif options.command == "export":
-        hf.export_hf(checkpoint, options.hf, options.max_shard_size, dtype)
-        print(f"wrote {options.hf}")
-    else:
-        report = verify.compare_with_hf(checkpoint, options.hf, world, trust_remote_code=options.trust_remote_code)
-        print(report.one_line())
-        code = 0 if report.same else 1
+    report = compare_with_hf(checkpoint, options.hf, world, trust_remote_code=options.trust_remote_code)
+    print(report.one_line())
     runtime.stop(world, failed=False)
-    return code
+    return 0 if report.same else 1
 
 
 def main(argv: list[str] | None = None) -> int:
