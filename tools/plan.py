@@ -52,6 +52,7 @@ def table(config: Config, vocab: int, options: argparse.Namespace) -> list[tuple
     time = estimate.run_time(tokens, full, gpus, options.peak_tflops * 1e12, options.mfu)
     rows = [
         ("parameters", f"{count.total:,} (vocabulary padded to {vocab:,})"),
+        *([("  active for a token", f"{count.active:,}")] if count.active < count.total else []),
         ("  embedding / output", f"{count.embedding:,} / {count.output:,}"),
         ("  each layer", f"{count.per_layer:,}"),
         ("  in matrix products", f"{count.matmul:,}"),

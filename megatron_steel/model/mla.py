@@ -84,11 +84,24 @@ class LatentAttention(MLASelfAttention):
 
 
 class TorchLatentCore(TorchDotProductAttention):
-    """Our attention under keys and values of different widths, which it finds in the tensors."""
+    """Our attention under keys and values of different widths.
+
+    PyTorch's fused kernels want them equal, and its other one keeps a score for each pair of tokens: narrower values
+    get zeros at the end, whose outputs are cut off.
+    """
 
     def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **rest: Any) -> None:
         """``k_channels`` and ``v_channels`` are the widths of one head; megatron-core also builds one without."""
         super().__init__(*args, **rest)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **rest: Any) -> Tensor:
+        """query and key [S, B, N, D], value [S, B, N, E] -> [S, B, N * E]; with packed documents without B."""
+        heads, width = value.shape[-2:]
+        missing = query.shape[-1] - width
+        if missing <= 0:
+            return super().forward(query, key, value, *args, **rest)
+        out = super().forward(query, key, F.pad(value, (0, missing)), *args, **rest)
+        return out.unflatten(-1, (heads, -1))[..., :width].flatten(-2)
 
 
 class LocalLatentCore(DotProductAttention):

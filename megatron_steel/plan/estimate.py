@@ -6,7 +6,7 @@ Conventions, so that numbers can be compared with published ones:
   recomputation: 6 per weight that takes part in a matrix product, including the LM head and excluding the input
   embedding (a lookup), plus attention scores and values. ``full`` counts every query against every key,
   12 * L * heads * head_width * S per token (PaLM, Chowdhery et al. 2022, appendix B); ``causal`` counts half of that.
-  Logs use ``full``.
+  Logs use ``full``. Of a mixture, the experts a token goes to are counted.
 * Bytes of weights, gradients and optimizer state: the table of ZeRO (Rajbhandari et al. 2020, section 3.1) with fp32
   gradients. Activations: Korthikanti et al. 2022 (arXiv:2205.05198), section 4, redone for SwiGLU, grouped queries,
   rotary embeddings and an attention that keeps no score matrix.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_steel.config.check import data_parallel_size, virtual_chunks
+from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.plan.parameters import (
     before_layers,
@@ -26,6 +27,7 @@ from megatron_steel.plan.parameters import (
     layer_weights,
     norm_weights,
     query_width,
+    score_width,
     slot_products,
 )
 
@@ -66,7 +68,7 @@ def flops_per_token(
 ) -> float:
     """Training FLOPs (forward + backward) per token at a sequence length; see the module's conventions."""
     keys = seq_length if attention == "full" else seq_length / 2
-    scores = 12.0 * model.num_layers * query_width(model) * keys
+    scores = 12.0 * model.num_layers * score_width(model) * keys
     slots = 6.0 * model.num_layers * slot_products(model, seq_length)
     return 6.0 * count_parameters(model, padded_vocab_size).matmul + scores + slots
 
@@ -85,8 +87,34 @@ def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> int:
     return layers + tables * table + ends
 
 
+def attention_activations(model: ModelConfig) -> tuple[int, int]:
+    """Elements an attention keeps per token: (divided over tensor-parallel ranks, like the residual stream).
+
+    Latent attention keeps queries, keys, values and its output, the last two as wide as queries, the part of the output
+    that counts, and inputs and outputs of the norms of latents.
+    """
+    if not model.multi_latent_attention:
+        queries = 4 if model.qk_layernorm else 3
+        return queries * query_width(model) + 3 * key_width(model), 0
+    query = model.qk_head_dim + model.qk_pos_emb_head_dim
+    each = 2 * query + 2 * max(query, model.v_head_dim) + model.v_head_dim
+    return model.num_attention_heads * each, 2 * ((model.q_lora_rank or 0) + model.kv_lora_rank)
+
+
+def expert_elements(model: ModelConfig) -> tuple[int, int, int]:
+    """Elements per token a mixture keeps: those tensor parallelism divides, none like the residual, and on every rank.
+
+    Gate, up and their product in each expert a token goes to; the tokens sorted by expert.
+    """
+    width = model.moe_ffn_hidden_size or model.ffn_hidden_size
+    shared = model.moe_shared_expert_intermediate_size or 0
+    return 3 * (model.moe_router_topk * width + shared), 0, model.moe_router_topk * model.hidden_size
+
+
 def layer_activation_bytes(config: Config, tokens: int) -> int:
     """Bytes one layer keeps for the backward pass of ``tokens`` tokens on one GPU, nothing recomputed.
+
+    Of a model whose layers differ, the one that keeps most.
 
     Per token, in elements: norm inputs and outputs 4 H (whole on each tensor-parallel rank unless sequence-parallel);
     output of the fused query-key-value projection (value is a view of it), rotated query and key, attention output;
@@ -95,11 +123,15 @@ def layer_activation_bytes(config: Config, tokens: int) -> int:
     """
     model, tensor = config.size, config.parallel.tensor_model_parallel_size
     element = 2 if config.training.bf16 else 4
-    queries = 4 if model.qk_layernorm else 3
-    split = queries * query_width(model) + 3 * key_width(model) + 3 * model.ffn_hidden_size
-    residual = 4 * model.hidden_size * element + (2 * model.hidden_size if model.hidden_dropout else 0)
+    heads, latents = attention_activations(model)
+    dense = (3 * model.ffn_hidden_size, 0, 0)
+    kept = (expert_elements(model) if has_experts(model, layer) else dense for layer in range(model.num_layers))
+    inner, outer, by_expert = max(kept)
+    residual = (4 * model.hidden_size + latents + outer) * element
+    residual += 2 * model.hidden_size if model.hidden_dropout else 0
     whole = tensor if config.parallel.sequence_parallel else 1
-    return tokens * (split * element + 4 * model.num_attention_heads) // tensor + tokens * residual // whole
+    divided = ((heads + inner) * element + 4 * model.num_attention_heads) // tensor
+    return tokens * divided + tokens * residual // whole + tokens * by_expert * element
 
 
 def layers_in_flight(config: Config, micro_batches: int, stage: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_steel.config.families.steel import expert_width, is_soft
-from megatron_steel.config.family import group_count, head_width
+from megatron_steel.config.family import group_count, has_experts, head_width
 from megatron_steel.config.schema import ModelConfig
 
 
@@ -13,11 +13,13 @@ from megatron_steel.config.schema import ModelConfig
 class ParameterCount:
     """Parameters of a model.
 
-    ``matmul`` are those that work on every token in a matrix product: all layers' matrices and the LM head (the
+    ``matmul`` are those that work on a token in a matrix product: all layers' matrices and the LM head (the
     embedding matrix itself when tied), but no norms, biases or input lookup. ``per_layer`` is the last layer's.
+    ``active`` is the total without experts a token does not go to.
     """
 
     total: int
+    active: int
     embedding: int
     output: int
     per_layer: int
@@ -28,15 +30,18 @@ class ParameterCount:
 class Weights:
     """Parameters of a part of the model, by what tensor parallelism does with them.
 
-    split: divided over the ranks. whole: on every rank. matmul: those of both that multiply every token.
+    split: divided over the ranks. whole: on every rank. matmul: those of both that multiply a token. idle: those of
+    both in experts that a token does not go to.
     """
 
     split: int = 0
     whole: int = 0
     matmul: int = 0
+    idle: int = 0
 
     def __add__(self, other: Weights) -> Weights:
-        return Weights(self.split + other.split, self.whole + other.whole, self.matmul + other.matmul)
+        matmul, idle = self.matmul + other.matmul, self.idle + other.idle
+        return Weights(self.split + other.split, self.whole + other.whole, matmul, idle)
 
     @property
     def total(self) -> int:
@@ -63,8 +68,20 @@ def norm_weights(model: ModelConfig) -> int:
     return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
 
 
+def latent_attention(model: ModelConfig) -> Weights:
+    """Projections down to the latents and their norms, on every rank; projections up from them, and the output's."""
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    query, rank = model.qk_head_dim + model.qk_pos_emb_head_dim, model.q_lora_rank
+    down = hidden * (model.kv_lora_rank + model.qk_pos_emb_head_dim) + (hidden * rank if rank else 0)
+    keys_and_values = model.kv_lora_rank * (model.qk_head_dim + model.v_head_dim)
+    up = heads * ((rank or hidden) * query + keys_and_values + hidden * model.v_head_dim)
+    return Weights(split=up, whole=down + model.kv_lora_rank + (rank or 0), matmul=up + down)
+
+
 def attention(model: ModelConfig) -> Weights:
     """Projections, their biases, and the norms of queries and keys."""
+    if model.multi_latent_attention:
+        return latent_attention(model)
     queries, keys = query_width(model), key_width(model)
     matrices = model.hidden_size * (2 * queries + 2 * keys)
     bias = queries + 2 * keys if model.add_qkv_bias or model.add_bias_linear else 0
@@ -122,8 +139,32 @@ def slot_products(model: ModelConfig, seq_length: int) -> float:
     return experts + 2.0 * model.hidden_size * slots
 
 
+def expert_mixture(model: ModelConfig) -> Weights:
+    """The router, all experts, and those that every token goes through."""
+    each = 3 if model.gated_linear_unit else 2
+    experts, hidden = model.num_experts or 0, model.hidden_size
+    expert = each * hidden * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
+    shared = each * hidden * (model.moe_shared_expert_intermediate_size or 0)
+    router, chosen = experts * hidden, model.moe_router_topk
+    return Weights(
+        split=experts * expert + shared,
+        whole=router,
+        matmul=chosen * expert + shared + router,
+        idle=(experts - chosen) * expert,
+    )
+
+
+def score_width(model: ModelConfig) -> float:
+    """Multiply-adds of one layer for each token and each key before it: the mean width of queries and values."""
+    if not model.multi_latent_attention:
+        return query_width(model)
+    return model.num_attention_heads * (model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim) / 2
+
+
 def feed_forward(model: ModelConfig, layer: int) -> Weights:
     """The feed-forward of one layer, counted from 0."""
+    if has_experts(model, layer):
+        return expert_mixture(model)
     return soft_mixture(model) if is_soft(model) else dense_feed_forward(model)
 
 
@@ -154,6 +195,7 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
     outside = embedding + before_layers(model) + norm_weights(model) + output
     return ParameterCount(
         total=outside + sum(layer.total for layer in layers),
+        active=outside + sum(layer.total - layer.idle for layer in layers),
         embedding=embedding,
         output=output,
         per_layer=layers[-1].total,

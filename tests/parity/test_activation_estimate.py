@@ -19,14 +19,14 @@ BATCH, LENGTH, VOCABULARY = 4, 128, 1024
 
 def configuration(layers: int, bf16: bool, **switches: object) -> Config:
     """A small model with a head width and a feed-forward width that no other size equals."""
+    sizes: dict[str, object] = {"num_query_groups": 2, **switches}
     size = ModelConfig(
         num_layers=layers,
         hidden_size=192,
         ffn_hidden_size=640,
         num_attention_heads=8,
-        num_query_groups=2,
         vocab_size=VOCABULARY,
-        **switches,
+        **sizes,
     )
     training = TrainingConfig(seq_length=LENGTH, micro_batch_size=BATCH, global_batch_size=BATCH, bf16=bf16)
     return Config(size=size, training=training)
@@ -78,3 +78,42 @@ def test_a_layer_keeps_what_the_formula_says(pool: WorkerPool, bf16: bool, switc
     memory = memory_per_rank(config, VOCABULARY, 1)
     logits = tokens * VOCABULARY * 4  # their bf16 copy is gone after the forward pass
     assert four - logits == pytest.approx(memory.activations, rel=0.02)
+
+
+LATENT = {
+    "num_query_groups": None,
+    "multi_latent_attention": True,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_head_dim": 32,
+    "qk_pos_emb_head_dim": 16,
+    "v_head_dim": 24,
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("switches", "separate"),
+    [
+        ({"model_family": "mixtral", "num_experts": 8}, 3 * 2 * 640),
+        (
+            {
+                **LATENT,
+                "model_family": "deepseek_v2",
+                "num_experts": 8,
+                "moe_ffn_hidden_size": 128,
+                "moe_shared_expert_intermediate_size": 256,
+                "moe_router_pre_softmax": True,
+            },
+            3 * 2 * 128 + 2 * 256,
+        ),
+    ],
+    ids=["mixtral", "deepseek_v2"],
+)
+def test_a_layer_with_experts(pool: WorkerPool, bf16: bool, switches: dict[str, object], separate: int) -> None:
+    """On a GPU an expert's activation is one kernel; here it is several, which keep ``separate`` elements per token."""
+    configs = [configuration(layers, bf16, **switches) for layers in (2, 4)]
+    [(two, four)] = pool.run(1, kept_bytes, configs, join=False)
+    config, tokens = configs[1], BATCH * LENGTH
+    fused = (four - two) / 2 - tokens * separate * (2 if bf16 else 4)
+    assert fused == pytest.approx(layer_activation_bytes(config, tokens), rel=0.03)
