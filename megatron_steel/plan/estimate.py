@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_steel.config.check import data_parallel_size, virtual_chunks
+from megatron_steel.config.families.steel import expert_width, is_soft
 from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.plan.parameters import (
@@ -87,6 +88,21 @@ def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> int:
     return layers + tables * table + ends
 
 
+def feed_forward_elements(model: ModelConfig) -> tuple[int, int]:
+    """Elements per token a feed-forward keeps besides its input: those tensor parallelism divides, and the others.
+
+    Dense: inputs of the activation, and the product that enters the last projection; a double SwiGLU also its second
+    gate's inputs. Soft mixtures: first projections of all experts, and their prefix means for each slot in the causal
+    form (its backward pass computes the rest again); v2 and v3 keep next to nothing per token but their input.
+    """
+    hidden, width = model.hidden_size, expert_width(model)
+    if model.ffn_type == "softmoe_causal":
+        return 2 * model.soft_experts * width * (1 + model.slots_per_expert), 0
+    if is_soft(model):
+        return (2 * model.soft_experts * width, 0) if model.ffn_type == "softmoe_v1" else (0, hidden)
+    return (3 if model.gated_linear_unit else 2) * width, 2 * hidden if model.mlp_type == "senet" else 0
+
+
 def attention_activations(model: ModelConfig) -> tuple[int, int]:
     """Elements an attention keeps per token: (divided over tensor-parallel ranks, like the residual stream).
 
@@ -118,13 +134,13 @@ def layer_activation_bytes(config: Config, tokens: int) -> int:
 
     Per token, in elements: norm inputs and outputs 4 H (whole on each tensor-parallel rank unless sequence-parallel);
     output of the fused query-key-value projection (value is a view of it), rotated query and key, attention output;
-    query before its norm where it has one; gate and up 2 F and the product that enters the last projection F. Plus
-    fp32 log-sum-exp per head, and one byte per dropout mask element.
+    query before its norm where it has one; :func:`feed_forward_elements`. Plus fp32 log-sum-exp per head, and one byte
+    per dropout mask element.
     """
     model, tensor = config.size, config.parallel.tensor_model_parallel_size
     element = 2 if config.training.bf16 else 4
     heads, latents = attention_activations(model)
-    dense = (3 * model.ffn_hidden_size, 0, 0)
+    dense = (*feed_forward_elements(model), 0)
     kept = (expert_elements(model) if has_experts(model, layer) else dense for layer in range(model.num_layers))
     inner, outer, by_expert = max(kept)
     residual = (4 * model.hidden_size + latents + outer) * element

@@ -208,7 +208,9 @@ class SoftMixture(MegatronModule):
 
         |x| divides weights instead of x, so that x^ is never made: x^ W = (x W) / |x|.
         """
-        inverse = wide(x).norm(dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
+        precise = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+        inverse = length.clamp_min(1e-12).reciprocal()
         directions = self.directions()
         logits = wide(x @ directions.flatten(1)) * inverse
         combine = logits.softmax(-1).unflatten(-1, directions.shape[1:])[..., self.mine, :]
