@@ -18,6 +18,7 @@ from megatron_steel.checkpoint.hf_folder import HFWeights
 from megatron_steel.checkpoint.state import TOKENIZER_FOLDER, load_tokenizer, read_state
 from megatron_steel.checkpoint.store import load_weights
 from megatron_steel.config.check import check_heads, check_layers
+from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.load import from_flat
 from megatron_steel.config.schema import Config, ParallelConfig
 from megatron_steel.model.build import Model, build_model
@@ -81,7 +82,7 @@ def different_tensors(checkpoint: Path, folder: Path) -> list[str]:
         if other.dtype != ours.dtype or not torch.equal(other.view(torch.uint8), ours.view(torch.uint8)):
             found.append(name)
     tied_head = set() if size.untie_embeddings_and_output_weights else {"lm_head.weight"}
-    return found + theirs.unused(seen | tied_head)
+    return found + theirs.unused(seen | tied_head, FAMILIES[size.model_family].ignore)
 
 
 def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None) -> tuple[Model, Config]:
