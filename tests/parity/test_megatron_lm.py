@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from pool import WorkerPool
 from transformers import AutoModelForCausalLM
 
+from megatron_steel.checkpoint.store import write_sharded
 from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.world import World
 
 ROWS, PADDED = 133, 256
 SHAPE: dict[str, Any] = {
@@ -154,19 +156,17 @@ def build(arguments: dict[str, Any], layout: tuple[int, int], by_layer: bool) ->
 
 
 @torch.no_grad()
-def work_save(name: str, root: str, evil: str | None = None) -> np.ndarray | None:
-    """Save one case as Megatron-LM would, and return its logits (of the last rank's stage)."""
-    from megatron.core import dist_checkpointing
+def save(name: str, root: Path, world: World, evil: str | None) -> np.ndarray:
+    """Save one case as Megatron-LM would, and return its logits."""
 
     arguments, layout, by_layer, _ = CASES[name]
-    world = runtime.start(tensor_model_parallel_size=layout[0], pipeline_model_parallel_size=layout[1])
     model = build(arguments, layout, by_layer)
-    directory = Path(root) / "iter_0000007"
+    directory = root / "iter_0000007"
     if world.rank == 0:
         directory.mkdir(parents=True)
-        (Path(root) / "latest_checkpointed_iteration.txt").write_text("7")
+        (root / "latest_checkpointed_iteration.txt").write_text("7")
     torch.distributed.barrier()
-    namespace = argparse.Namespace(**arguments, somewhere=Path(root), attack=Evil(evil) if evil else None)
+    namespace = argparse.Namespace(**arguments, somewhere=root, attack=Evil(evil) if evil else None)
     state = {
         "args": namespace,
         "checkpoint_version": 3.0,
@@ -174,11 +174,17 @@ def work_save(name: str, root: str, evil: str | None = None) -> np.ndarray | Non
         "model": model.sharded_state_dict(),
         "opt_param_scheduler": {"max_lr": 1.0},
     }
-    dist_checkpointing.save(state, str(directory))
+    write_sharded(state, directory)
     wrapped = SimpleNamespace(language_models=lambda: [model], options=model.config, vocab_size=ROWS)
     logits = hf_models.pipeline_logits(wrapped, hf_models.text_ids(ROWS), world)
     found = runtime.gather_objects(world, None if logits is None else logits.numpy())
     return found[-1]
+
+
+def work_save(layout: tuple[int, int], names: list[str], root: str, evil: str | None = None) -> dict[str, np.ndarray]:
+    """Save the cases of one layout below ``root``; returns their logits."""
+    world = runtime.start(tensor_model_parallel_size=layout[0], pipeline_model_parallel_size=layout[1])
+    return {name: save(name, Path(root) / name, world, evil) for name in names}
 
 
 def work_import(argv: list[str]) -> tuple[str, str]:
@@ -203,9 +209,11 @@ def flags(load: Path, save: Path, *more: object) -> list[str]:
 def made(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """For every case the saved run, ``NAME-ours`` and ``NAME-hf``; and megatron-core's logits."""
     root = tmp_path_factory.mktemp("megatron")
-    truth = {}
-    for name, (_, layout, _, family) in CASES.items():
-        truth[name] = pool.run(layout[0] * layout[1], work_save, name, str(root / name), join=False)[0]
+    truth: dict[str, np.ndarray] = {}
+    for layout in ((1, 1), (2, 1), (1, 2)):
+        names = [name for name, case in CASES.items() if case[1] == layout]
+        truth |= pool.run(layout[0] * layout[1], work_save, layout, names, str(root), join=False, timeout=120)[0]
+    for name, (_, _, _, family) in CASES.items():
         argv = flags(root / name, root / f"{name}-ours", "--vocab-size", ROWS)
         out, err = pool.run(1, work_import, argv, join=False)[0]
         assert err == "" and f"iter_0000000: {family}, {ROWS} rows, without" in out, err
@@ -250,11 +258,11 @@ def test_keys_lie_as_the_cases_say(made: tuple[Path, dict[str, np.ndarray]]) -> 
 
 
 def test_arguments_run_no_code(pool: WorkerPool, tmp_path: Path) -> None:
-    pool.run(1, work_save, "llama", str(tmp_path / "run"), str(tmp_path / "made"), join=False)
-    argv = flags(tmp_path / "run" / "iter_0000007", tmp_path / "ours")
+    pool.run(1, work_save, (1, 1), ["llama"], str(tmp_path), str(tmp_path / "made"), join=False)
+    argv = flags(tmp_path / "llama" / "iter_0000007", tmp_path / "ours")
     out, err = pool.run(1, work_import, argv, join=False)[0]
     assert err == "" and f"{PADDED} rows" in out and not (tmp_path / "made").exists()
-    torch.load(tmp_path / "run" / "iter_0000007" / "common.pt", weights_only=False)
+    torch.load(tmp_path / "llama" / "iter_0000007" / "common.pt", weights_only=False)
     assert (tmp_path / "made").exists(), "the attack must work on a plain unpickler"
 
 
@@ -269,7 +277,7 @@ def test_what_does_not_fit_is_refused_by_name(
         assert not (tmp_path / "out").exists()
 
     refused(root / "llama", "--model-family qwen3 has no qk_layernorm False", "--model-family", "qwen3")
-    refused(root / "llama", "must be one of llama", "--model-family", "lama")
+    refused(root / "llama", "--model-family lama: must be one of", "--model-family", "lama")
     refused(root / "llama", f"--vocab-size 300: {root}", "--vocab-size", 300)
     refused(root / "llama", "iter_0000003: holds no torch_dist checkpoint", "--ckpt-step", 3)
     refused(tmp_path, "latest_checkpointed_iteration.txt is missing")
