@@ -26,6 +26,7 @@ from megatron_steel.runtime import device
 Uses = Callable[[ModelConfig], Any]
 # What only some backends have: how an error names it, whether a model has it, the backends that do.
 SPECIAL: tuple[tuple[str, Uses, tuple[str, ...]], ...] = (
+    ("--num-experts", lambda size: size.num_experts, ("torch", "local")),
     ("--multi-latent-attention", lambda size: size.multi_latent_attention, ("torch", "local")),
     ("--apply-layernorm-1p", lambda size: size.apply_layernorm_1p, ("torch", "transformer_engine")),
 )

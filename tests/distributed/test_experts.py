@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiny_run import (
     largest_relative,
     open_session,
     options,
+    take_steps,
     whole_weights,
     work_train,
     write_data,
@@ -75,7 +77,7 @@ def test_layouts_train_the_model_of_one_process(pool: WorkerPool, prefix: str, f
     reference = train(pool, prefix, family, "1")
     whole = whole_weights(reference)
     assert reference[0].losses[-1] < reference[0].losses[0] - 0.3
-    for layout in ("tp2-sp", "pp2", "dp2"):
+    for layout in ("tp2-sp", "pp2", "dp2-overlapped"):
         traces = train(pool, prefix, family, layout)
         mine = whole_weights(traces)
         loss = largest_relative(traces[0].losses, reference[0].losses)
@@ -142,3 +144,36 @@ def test_balance_loss_is_the_formula(pool: WorkerPool, prefix: str) -> None:
     print(f"balance loss {reported:.9f}, formula {expected:.9f}, gradient off by {gradient:.1e}")
     assert reported == pytest.approx(expected, rel=1e-6)
     assert gradient < 1e-5
+
+
+def work_go_on(flat: dict[str, Any], steps: int, save_it: bool) -> tuple[list[float], dict[int, list[float]]]:
+    """Losses of two more steps after ``steps``, and the biases of experts by layer where they begin."""
+    from megatron_steel.model.moe import routers
+    from megatron_steel.train.loop import save
+
+    trace = Trace()
+    with open_session(flat) as session:
+        take_steps(session, steps, Trace())
+        if save_it:
+            save(session)
+        biases = {router.layer_number: router.expert_bias.tolist() for router in routers(session.model.chunks)}
+        assert all(router.expert_bias.dtype == torch.float32 for router in routers(session.model.chunks))
+        take_steps(session, 2, trace)
+    return trace.losses, biases
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_checkpoint_goes_on_elsewhere(pool: WorkerPool, prefix: str, tmp_path: Path, bf16: bool) -> None:
+    """Sharded optimizer on two replicas, then two tensor-parallel ranks: what chooses experts comes along in fp32."""
+    changes = {"bf16": bf16, "micro_batch_size": 2}
+    written = flat_options(prefix, "deepseek_v3", "dp2-overlapped", save=str(tmp_path), **changes)
+    losses, biases = pool.run(2, work_go_on, written, 3, True, join=False)[0]
+    values = np.array(list(biases.values()))  # three steps of 0.001 up or down, or none
+    assert values.shape == (3, 8) and values.any() and np.abs(values / 1e-3 - np.round(values / 1e-3)).max() < 1e-3
+    for layout in ("1", "tp2-sp"):
+        read = flat_options(
+            prefix, "deepseek_v3", layout, load=str(tmp_path), use_distributed_optimizer=True, **changes
+        )
+        again, same = pool.run(LAYOUTS[layout].ranks, work_go_on, read, 0, False, join=False)[0]
+        assert same == biases
+        assert again == pytest.approx(losses, rel=5e-3 if bf16 else 1e-5)
