@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 from megatron_steel.config.check_experts import check_experts
 from megatron_steel.config.check_latent import check_latent
+from megatron_steel.config.check_rope import check_rope, rope_without_effect
 from megatron_steel.config.check_soft_mixture import check_soft_mixture
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.family import ANY, SWITCHES, group_count, head_width
 from megatron_steel.config.load import to_flat
+from megatron_steel.config.rope import longest_sequence
 from megatron_steel.config.schema import Config, ModelConfig
 
 
@@ -30,6 +32,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_ranges(config)
     check_heads(config)
     check_family(config)
+    check_rope(config)
     check_experts(config)
     check_latent(config)
     check_soft_mixture(config)
@@ -145,10 +148,12 @@ def check_family(config: Config) -> None:
     for name in ("full_attention_layers", "no_rope_layers"):
         if beyond := [layer for layer in getattr(size, name) if not 0 <= layer < size.num_layers]:
             raise ValueError(f"--{name.replace('_', '-')} {beyond[0]}: layers count from 0 to {size.num_layers - 1}")
-    if config.training.seq_length > size.max_position_embeddings:
+    longest = longest_sequence(size)
+    if config.training.seq_length > longest:
+        scaled = f" x {size.rope_scaling_factor:g}" if longest != size.max_position_embeddings else ""
         raise ValueError(
             f"--seq-length {config.training.seq_length} is longer than "
-            f"--max-position-embeddings {size.max_position_embeddings}; raise the latter"
+            f"--max-position-embeddings {size.max_position_embeddings}{scaled}; raise the latter"
         )
 
 
@@ -294,8 +299,7 @@ def settings_without_effect(config: Config, world_size: int) -> list[str]:
             notes.append(f"--{name.replace('_', '-')} has no effect without --wandb-project")
     if config.training.allow_non_causal_softmoe and config.size.ffn_type not in ("softmoe_v2", "softmoe_v3"):
         notes.append("--allow-non-causal-softmoe has no effect without --ffn-type softmoe_v2 or softmoe_v3")
-    if config.size.rope_scaling_factor != ModelConfig().rope_scaling_factor and not config.size.use_rope_scaling:
-        notes.append("--rope-scaling-factor has no effect without --use-rope-scaling")
+    notes += rope_without_effect(config.size)
     if config.size.full_attention_layers and config.size.window_size is None:
         notes.append("--full-attention-layers has no effect without --window-size")
     if parallel.num_layers_per_virtual_pipeline_stage and virtual_chunks(config) is None:

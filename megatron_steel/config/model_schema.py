@@ -67,6 +67,8 @@ class PositionSizes:
     """YaRN: frequencies below this many turns are divided by the factor."""
     rope_attention_factor: float | None = None
     """YaRN: scale of cosine and sine; from the factor when unset."""
+    rope_truncate: bool = True
+    """YaRN: round the channels between which frequencies are mixed to whole numbers."""
     rope_mscale: float | None = None
     """YaRN as DeepSeek has it: coefficient of the scale of cosine and sine."""
     rope_mscale_all_dim: float | None = None

@@ -105,10 +105,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out[..., half:].addcmul_(x[..., :half], sin)
 
 
-def cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cos_sin(angles: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos [S, 1, 1, 1, R] and sin [S, 1, 1, 1, R / 2] of megatron-core's angles [S, 1, 1, R] (equal halves)."""
     angles = angles.unsqueeze(2)
-    return angles.cos().to(dtype), angles[..., : angles.shape[-1] // 2].sin().to(dtype)
+    cos, sin = angles.cos(), angles[..., : angles.shape[-1] // 2].sin()
+    return (cos * factor).to(dtype), (sin * factor).to(dtype)
 
 
 # Remembered by the identity of the angles: megatron-core hands the same tensor to every layer and step. Those of packed
@@ -147,7 +148,7 @@ class SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """The transposed rotation is the rotation by the negative angle."""
+        """The transposed rotation is the rotation by the negative angle, also where both are scaled."""
         query, key, value = grads
         sequence, batch, groups, width = key.shape
         query_SBGND = query.unflatten(2, (groups, -1))
@@ -178,7 +179,6 @@ class TorchSelfAttention(SelfAttention):
             and config.num_query_groups >= self.world_size
             and not (config.rotary_interleaved or config.attention_output_gate)
             and not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1])
-            and _yarn_get_concentration_factor_from_config(config) == 1.0
             and not self.checkpoint_core_attention
         )
 
@@ -206,8 +206,8 @@ class TorchSelfAttention(SelfAttention):
             )
         assert rotary_pos_emb is not None
         mixed, _ = self.linear_qkv(hidden_states)
-        packed = packed_seq_params is not None
-        cos, sin = (packed_rotary_table if packed else rotary_table)(rotary_pos_emb, mixed.dtype)
+        packed, factor = packed_seq_params is not None, _yarn_get_concentration_factor_from_config(self.config)
+        cos, sin = (packed_rotary_table if packed else rotary_table)(rotary_pos_emb, mixed.dtype, factor)
         query, key, value = SplitAndRotate.apply(
             mixed, cos, sin, self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         )

@@ -15,12 +15,14 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
+from megatron_steel.config.rope import longest_sequence
 from megatron_steel.config.schema import Config
 from megatron_steel.model.backends import build_provider, choose_backend
 from megatron_steel.model.cross_entropy import cross_entropy
 from megatron_steel.model.embedding import add_stable_embedding
 from megatron_steel.model.families import transformer_config
 from megatron_steel.model.initialize import initialize_weights
+from megatron_steel.model.rope import add_rotary_table
 from megatron_steel.model.spec import layer_spec
 from megatron_steel.runtime.world import World
 
@@ -103,18 +105,17 @@ def build_chunk(
         options,
         layer_spec(build_provider(backend, size), size, layers),
         vocab_size=padded_vocab_size(vocab_size, size.make_vocab_size_divisible_by, world.tensor_size),
-        max_sequence_length=size.max_position_embeddings,
+        max_sequence_length=longest_sequence(size),
         pre_process=first,
         post_process=last,
         share_embeddings_and_output_weights=not size.untie_embeddings_and_output_weights,
         position_embedding_type=size.position_embedding_type,
         rotary_percent=size.rotary_percent,
         rotary_base=size.rotary_base,  # type: ignore[arg-type]
-        rope_scaling=size.use_rope_scaling,
-        rope_scaling_factor=size.rope_scaling_factor,
         vp_stage=stage,
     )
     model.valid_vocab = vocab_size
+    add_rotary_table(model, size)
     if first and size.stable_embedding:
         add_stable_embedding(model, options)
     initialize_weights(model, size, vocab_size, config.data.seed, world.tensor_group)

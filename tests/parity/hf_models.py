@@ -64,6 +64,20 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# Scalings that begin within the texts.
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+MSCALE_ROPE = {**YARN_ROPE, "mscale": 2.0, "mscale_all_dim": 0.5, "beta_fast": 4, "truncate": False}
+SHORT_LLAMA3 = {"low_freq_factor": 1.5, "high_freq_factor": 3.0, "original_max_position_embeddings": 16}
+# Caps low enough to bend most scores and logits.
+GEMMA3: dict[str, Any] = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+GEMMA2 = {"sliding_window": 8, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}
 # Windows are shorter than texts and continuations, so that both cross them.
 WINDOW = {"sliding_window": 8, "use_sliding_window": True}
 # Heads of 16 channels, 4 of which are rotated.
@@ -99,6 +113,11 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "rope_parameters": PLAIN_ROPE}),
     "llama-untied": (LlamaConfig, {"tie_word_embeddings": False, "vocab_size": 133, "num_key_value_heads": 4}),
     "llama-rope": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama-linear": (LlamaConfig, {"rope_parameters": {**PLAIN_ROPE, "rope_type": "linear", "factor": 3.0}}),
+    "llama-dynamic": (LlamaConfig, {"rope_parameters": {**PLAIN_ROPE, "rope_type": "dynamic", "factor": 3.0}}),
+    "llama-yarn": (LlamaConfig, {"rope_parameters": YARN_ROPE}),
+    "qwen2-yarn": (Qwen2Config, {**WINDOW, "max_window_layers": 2, "rope_parameters": MSCALE_ROPE}),
+    "qwen2-llama3": (Qwen2Config, {"rope_parameters": {**LLAMA3_ROPE, **SHORT_LLAMA3}}),
     "qwen2-tied": (Qwen2Config, {"tie_word_embeddings": True, "vocab_size": 133}),
     "qwen2-untied": (Qwen2Config, {"tie_word_embeddings": False, "rope_parameters": {**PLAIN_ROPE, "rope_theta": 1e6}}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True, "vocab_size": 133}),
@@ -152,6 +171,10 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
             "topk_method": "group_limited_greedy",
         },
+    ),
+    "gpt-neox-yarn": (
+        GPTNeoXConfig,
+        {**NEOX, "head_dim": 16, "rope_parameters": {**YARN_ROPE, "partial_rotary_factor": 0.25}},
     ),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "qwen3-moe": (Qwen3MoeConfig, {**QWEN_MOE, "norm_topk_prob": True, "tie_word_embeddings": True}),

@@ -35,6 +35,7 @@ GPT_NEOX: dict[str, Any] = {
     "gated_linear_unit": False,
     "add_bias_linear": True,
 }
+SCALED: dict[str, Any] = {"use_rope_scaling": True}
 FAULTS: list[tuple[dict[str, Any], str]] = [
     (
         {"hidden_size": 1024, "num_attention_heads": 15},
@@ -42,6 +43,20 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"hidden_size": 12, "num_attention_heads": 4}, "head width 3 is odd"),
     ({"kv_channels": 5}, "head width 5 is odd"),
+    ({**SCALED, "rope_scaling_factor": 0.5}, "--rope-scaling-factor must be 1 or more, not 0.5"),
+    ({**SCALED, "rope_low_freq_factor": 4.0}, "--rope-low-freq-factor 4.0 must be below --rope-high-freq-factor 4.0"),
+    (
+        {**SCALED, "rope_scaling_type": "yarn", "rope_beta_slow": -1.0},
+        "--rope-beta-slow must be greater than 0, not -1.0",
+    ),
+    (
+        {**SCALED, "rope_scaling_type": "dynamic", "kv_channels": 2},
+        "--rope-scaling-type dynamic needs at least 4 rotated channels of a head",
+    ),
+    (
+        {**SCALED, "rope_scaling_type": "dynamic", "rope_scaling_factor": 1.5, "seq_length": 3073},
+        "--seq-length 3073 is longer than --max-position-embeddings 2048 x 1.5; raise the latter",
+    ),
     ({"num_query_groups": 3}, "--num-attention-heads 4 is not divisible by --num-query-groups 3; use 2 or 4"),
     (
         {"tensor_model_parallel_size": 3},
@@ -247,6 +262,15 @@ NO_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"wandb_save_dir": "a"}, "--wandb-save-dir has no effect without --wandb-project"),
     ({"use_distributed_optimizer": True}, "--use-distributed-optimizer shards nothing on one data-parallel rank"),
     ({"rope_scaling_factor": 32}, "--rope-scaling-factor has no effect without --use-rope-scaling"),
+    ({"rope_truncate": False}, "--rope-truncate has no effect without --use-rope-scaling"),
+    (
+        {"use_rope_scaling": True, "rope_beta_fast": 8.0},
+        "--rope-beta-fast has no effect without --rope-scaling-type yarn",
+    ),
+    (
+        {"use_rope_scaling": True, "rope_scaling_type": "linear", "rope_original_max_position_embeddings": 4096},
+        "--rope-original-max-position-embeddings has no effect without --rope-scaling-type llama3 or yarn",
+    ),
     ({"override_opt_param_scheduler": True}, "--override-opt-param-scheduler has no effect unless a run is resumed"),
     ({"append_data": True}, "--append-data has no effect unless a run is resumed"),
     ({"append_data": True, "load": "x", "finetune": True}, "--append-data has no effect unless a run is resumed"),

@@ -56,6 +56,7 @@ OUR_OWN = {
     "rope-mscale-all-dim",
     "rope-original-max-position-embeddings",
     "rope-scaling-type",
+    "rope-truncate",
     "rotary-base-local",
     "slots-per-expert",
     "soft-experts",

@@ -49,7 +49,7 @@ def read_neox(hf: Mapping[str, Any], origin: str) -> dict[str, Any]:
     rope = hf.get("rope_parameters") or {}
     return {
         **layers_of(SWITCHES),
-        **read_rope(hf, origin, float(hf.get("rotary_emb_base", DEFAULT_ROPE_THETA))),
+        **read_rope(hf, origin, float(hf.get("rotary_emb_base", DEFAULT_ROPE_THETA)), partial=True),
         **read_activation(hf, "hidden_act", "gelu", origin),
         "rotary_percent": float(rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))),
         "untie_embeddings_and_output_weights": not hf.get("tie_word_embeddings", False),
