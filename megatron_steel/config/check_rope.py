@@ -36,7 +36,7 @@ def check_rope(config: Config) -> None:
 
 def rope_without_effect(size: ModelConfig) -> list[str]:
     """One line for each setting that changes nothing: of another kind of scaling, or of none."""
-    kinds = {ours: (kind,) for kind, fields in SCALINGS.items() for ours, _, _ in fields}
+    kinds: dict[str, tuple[str, ...]] = {ours: (kind,) for kind, fields in SCALINGS.items() for ours, _, _ in fields}
     kinds |= {"rope_truncate": ("yarn",), "rope_original_max_position_embeddings": FROM_LENGTH}
     kinds |= {"rope_scaling_factor": tuple(SCALINGS), "rope_scaling_type": tuple(SCALINGS)}
     notes, defaults = [], ModelConfig()
