@@ -8,6 +8,8 @@ from typing import Literal
 ModelFamily = Literal[
     "deepseek_v2",
     "deepseek_v3",
+    "gemma2",
+    "gemma3",
     "gpt2",
     "gpt_neox",
     "llama",

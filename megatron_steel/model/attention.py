@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_steel.model.blocks import row_blocks
 from megatron_steel.model.packed import packed_attention
+from megatron_steel.model.rope import table_of
 from megatron_steel.model.window import causal_attention
 
 
@@ -167,6 +168,11 @@ class TorchSelfAttention(SelfAttention):
     way. Parameters and checkpoint names are the same.
     """
 
+    def __init__(self, *args: Any, local_rope: bool | None = None, **rest: Any) -> None:
+        """``local_rope``: which of two rotary tables is this layer's; None where there is one. The rest: as above."""
+        super().__init__(*args, **rest)
+        self.local_rope = local_rope
+
     def is_plain(self, rotary_pos_emb: Tensor | None) -> bool:
         """Whether this layer is projection, rotation of heads or their first channels, attention, projection."""
         config = self.config
@@ -195,6 +201,8 @@ class TorchSelfAttention(SelfAttention):
 
         With ``packed_seq_params`` B is 1 and ``rotary_pos_emb`` [S, 1, 1, D] holds the angles of each token.
         """
+        if self.local_rope is not None and rotary_pos_emb is not None:
+            rotary_pos_emb = table_of(rotary_pos_emb, self.local_rope)
         if inference_context is not None or not self.is_plain(rotary_pos_emb):
             return super().forward(
                 hidden_states,

@@ -19,7 +19,7 @@ from megatron_steel.config.rope import longest_sequence
 from megatron_steel.config.schema import Config
 from megatron_steel.model.backends import build_provider, choose_backend
 from megatron_steel.model.cross_entropy import cross_entropy
-from megatron_steel.model.embedding import add_stable_embedding
+from megatron_steel.model.embedding import add_embedding_scale, add_final_softcap, add_stable_embedding
 from megatron_steel.model.families import transformer_config
 from megatron_steel.model.initialize import initialize_weights
 from megatron_steel.model.rope import add_rotary_table
@@ -118,6 +118,10 @@ def build_chunk(
     add_rotary_table(model, size)
     if first and size.stable_embedding:
         add_stable_embedding(model, options)
+    if first and size.embedding_scale:
+        add_embedding_scale(model, size.hidden_size)
+    if last and size.final_logit_softcapping is not None:
+        add_final_softcap(model, size.final_logit_softcapping)
     initialize_weights(model, size, vocab_size, config.data.seed, world.tensor_group)
     return model
 

@@ -1,11 +1,18 @@
-"""What comes between the token embedding and the first layer. Shapes: S positions, B rows, H hidden."""
+"""What comes between the token embedding and the first layer, and behind the output layer.
+
+Shapes: S positions, B rows, H hidden, V vocabulary rows of this rank.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_steel.model.attention_math import softcap
 from megatron_steel.model.norms import LayerNorm
 
 # PyTorch's default, which Open-Llama leaves as it is; the norms of its layers have another.
@@ -23,3 +30,26 @@ def add_stable_embedding(model: GPTModel, options: TransformerConfig) -> None:
 
     # megatron-core does lookup, scattering and dropout in one function; the lookup's output is already scattered.
     model.embedding.word_embeddings.register_forward_hook(normalise)
+
+
+def add_embedding_scale(model: GPTModel, hidden_size: int) -> None:
+    """Multiply what is looked up by the root of the width, rounded to the precision of the weight (Gemma).
+
+    A head that shares the weight does not see it.
+    """
+
+    def scale(words: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """[B, S, H], or this rank's part [S / TP, B, H] under sequence parallelism."""
+        return output * torch.tensor(math.sqrt(hidden_size)).to(output.dtype).item()
+
+    model.embedding.word_embeddings.register_forward_hook(scale)
+
+
+def add_final_softcap(model: GPTModel, cap: float) -> None:
+    """Put logits, for the loss and for generation, through a softcap (Gemma 2)."""
+
+    def limit(layer: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, None]) -> tuple[Tensor, None]:
+        """Logits [S, B, V] and no bias."""
+        return softcap(output[0], cap), output[1]
+
+    model.output_layer.register_forward_hook(limit)

@@ -75,14 +75,15 @@ def document_attention(
     dropout: float,
     scale: float | None,
     window: int | None = None,
+    attend: Callable[..., Tensor] = causal_attention,
 ) -> Tensor:
-    """One call of :func:`causal_attention` for each run of equally long documents; shapes as above."""
+    """One call of ``attend`` for each run of equally long documents; shapes as above."""
     runs = list(equal_runs(bounds))
     sizes = [documents * length for documents, length in runs]
     outputs = []
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), runs, strict=True)
     for q, k, v, (documents, length) in parts:
         heads_first = (x.unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
-        out = causal_attention(*heads_first, window, dropout, scale)
+        out = attend(*heads_first, window, dropout, scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_steel.config.families.steel import is_soft
 from megatron_steel.config.family import group_count, has_experts
 from megatron_steel.config.schema import ModelConfig
+from megatron_steel.model.attention_math import SoftcapAttention
 from megatron_steel.model.backends import layer_parts
 from megatron_steel.model.layer import DecoderLayer, DecoderLayerSubmodules
 from megatron_steel.model.mla import LATENT_NAMES, latent_attention
@@ -70,17 +71,27 @@ def head_norms(provider: BackendSpecProvider, size: ModelConfig) -> tuple[Any, A
     return each, each
 
 
+def core_attention(provider: BackendSpecProvider, size: ModelConfig) -> Any:
+    """What computes and uses the scores; only our own knows a softcap."""
+    if size.attn_logit_softcapping is not None:
+        return ModuleSpec(module=SoftcapAttention, params={"cap": size.attn_logit_softcapping})
+    return provider.core_attention()
+
+
 def choose_attention(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:
     """The attention of a layer."""
     if size.multi_latent_attention:
         return latent_attention(provider, norm(provider, size))
     query_norm, key_norm = head_norms(provider, size)
+    params: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal}
+    if size.rotary_base_local is not None:
+        params["local_rope"] = size.window_size is not None and layer not in size.full_attention_layers
     return ModuleSpec(
         module=layer_parts(provider).self_attention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params=params,
         submodules=SelfAttentionSubmodules(
             linear_qkv=first_linear(provider, size),
-            core_attention=provider.core_attention(),
+            core_attention=core_attention(provider, size),
             linear_proj=provider.row_parallel_linear(),
             q_layernorm=query_norm,
             k_layernorm=key_norm,

@@ -12,6 +12,27 @@ from tiny_run import LAYOUTS, Trace, largest_relative, options, whole_weights, w
 STEPS = 10
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {"norm_placement": "post", "qk_layernorm_full": True},
+    "gemma2": {
+        "norm_placement": "sandwich",
+        "apply_layernorm_1p": True,
+        "activation": "gelu_tanh",
+        "embedding_scale": True,
+        "window_size": 8,
+        "full_attention_layers": [1, 3],
+        "softmax_scale": 0.5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3": {
+        "norm_placement": "sandwich",
+        "apply_layernorm_1p": True,
+        "activation": "gelu_tanh",
+        "embedding_scale": True,
+        "window_size": 8,
+        "full_attention_layers": [1],
+        "qk_layernorm": True,
+        "rotary_base_local": 100.0,
+    },
 }
 # Another backend that carries the family.
 OTHER = {"olmo2": "local"}

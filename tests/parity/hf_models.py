@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -180,6 +182,21 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3-moe": (Qwen3MoeConfig, {**QWEN_MOE, "norm_topk_prob": True, "tie_word_embeddings": True}),
     "qwen3-moe-mixed": (Qwen3MoeConfig, {**QWEN_MOE, "mlp_only_layers": [1], "vocab_size": 133, **WINDOW}),
     "olmo2": (Olmo2Config, {"vocab_size": 133, "rms_norm_eps": 1e-5}),
+    "gemma2": (Gemma2Config, {**GEMMA2, "vocab_size": 133, "query_pre_attn_scalar": 30}),
+    "gemma2-plain": (
+        Gemma2Config,
+        {"attn_logit_softcapping": None, "layer_types": ["full_attention"] * 4, "tie_word_embeddings": False},
+    ),
+    "gemma3": (Gemma3TextConfig, {**GEMMA3, "vocab_size": 133, "query_pre_attn_scalar": 30}),
+    "gemma3-linear": (
+        Gemma3TextConfig,
+        {
+            "sliding_window": 8,
+            "rope_theta": 2e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+            "sliding_window_pattern": 3,
+        },
+    ),
     "gpt2": (GPT2Config, {"n_inner": 88, "head_dim": None, "vocab_size": 133}),
     "open-llama": (OpenLlamaConfig, {"rms_norm_eps": 1e-6}),
     "open-llama-v2": (
@@ -215,7 +232,8 @@ def make_model(name: str, **more: Any) -> PreTrainedModel:
             if path.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             elif "norm" in path or ".ln_" in path:
-                parameter.copy_(1 + 0.3 * noise)
+                # Gemma's weights are stored less 1.
+                parameter.copy_((0.0 if model.config.model_type.startswith("gemma") else 1.0) + 0.3 * noise)
             else:
                 # GPT-2 multiplies its matrices from the right.
                 inputs = parameter.shape[0 if ".c_" in path else -1]

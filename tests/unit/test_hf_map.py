@@ -23,6 +23,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_layernorm": True, "kv_channels": 12},
     "smollm3": {"no_rope_layers": [1]},
     "olmo2": {},
+    "gemma2": {},
+    "gemma3": {},
     "gpt_neox": {"num_query_groups": None, "activation": "gelu", "add_bias_linear": True},
     "gpt2": {"num_query_groups": None, "activation": "gelu_tanh", "add_bias_linear": True},
 }
