@@ -30,6 +30,9 @@ def check_rope(config: Config) -> None:
                 f"--{low.replace('_', '-')} {getattr(size, low)} must be below "
                 f"--{high.replace('_', '-')} {getattr(size, high)}"
             )
+    if size.rotary_base_local is not None and kind in ("yarn", "dynamic"):
+        # A factor of cosine and sine, and a base that follows the length, would act on the layers with a window, too.
+        raise ValueError(f"--rotary-base-local does not go with --rope-scaling-type {kind}; linear and llama3 do")
     if kind == "dynamic" and int(head_width(size) * size.rotary_percent) < 4:
         raise ValueError("--rope-scaling-type dynamic needs at least 4 rotated channels of a head")
 
