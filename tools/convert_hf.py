@@ -102,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
             checkpoint, warnings = find_checkpoint(options.load, options.ckpt_step)
             for line in warnings:
                 print(f"warning: {line}", file=sys.stderr)
-        return convert(options, checkpoint)
+        try:
+            return convert(options, checkpoint)
+        except OSError as error:
+            raise ValueError(f"{error.filename or options.hf}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

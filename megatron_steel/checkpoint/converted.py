@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.text.tokenizer import Tokenizer
 
 GENERATION_FILE = "generation_config.json"
-# Reading, joining and writing share a core; more than a few threads only wait for the disk.
-THREADS = min(4, os.cpu_count() or 1)
+# Each has a tensor in memory, and they hash what they write: one per core, but not many.
+THREADS = min(8, os.cpu_count() or 1)
 
 
 @contextmanager
@@ -86,10 +87,11 @@ def publish_weights(
         root.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(root)
         temporary.mkdir()
-        with progress(sum(chunk.nbytes for chunk in chunks), "import") as advance:
+        with progress(sum(chunk.nbytes for chunk in chunks), "import") as advance, ThreadPoolExecutor(1) as beside:
+            saved = beside.submit(tokenizer.save, temporary / TOKENIZER_FOLDER) if tokenizer else None
             facts = write_chunks(temporary, chunks, THREADS, advance)
-        if tokenizer is not None:
-            tokenizer.save(temporary / TOKENIZER_FOLDER)
+        if tokenizer is not None and saved is not None:
+            saved.result()
             state.tokenizer = tokenizer_facts(tokenizer)
         if generation is not None and generation.is_file():
             shutil.copyfile(generation, temporary / GENERATION_FILE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from megatron_steel.checkpoint.dcp_read import INDEX_FILE
 # What megatron-core reads before anything else: how tensors and everything else are stored.
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
+FILE_BYTES = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,16 @@ class HashedStream:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.digest, self.bytes = stream, hashlib.sha256(), 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes."""
+        """Write bytes. ``torch.save`` hides an error of the disk behind one of its own, so it is kept."""
         self.digest.update(data)
-        written = self.stream.write(data)
+        try:
+            written = self.stream.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
         self.bytes += written
         return written
 
@@ -74,15 +81,29 @@ def write_chunks(
 ) -> dict[str, dict[str, Any]]:
     """Write all chunks and their index; returns size and hash of the files with tensors, synced.
 
-    Each of ``threads`` has one file and one chunk in memory at a time. ``advance`` is told the bytes of each chunk that
-    is done, from several threads.
+    Each of ``threads`` has one chunk in memory at a time. There may be more files, so that some are brought to the disk
+    while others are filled. ``advance`` is told the bytes of each chunk that is done, from several threads. When one
+    thread fails or this one is interrupted, all stop at the chunk they are at.
     """
-    shares = balanced(chunks, threads)
+    total = sum(chunk.nbytes for chunk in chunks)
+    shares = balanced(chunks, max(threads, total // FILE_BYTES))
+    names = [f"__0_{number}.distcp" for number in range(len(shares))]
+    stop = threading.Event()
+
+    def write(name: str, share: Sequence[Chunk]) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
+        try:
+            return write_file(directory, name, share, advance, stop)
+        except BaseException:
+            stop.set()
+            raise
+
     torch.serialization.set_crc32_options(False)  # there is a sha256 of every file
     try:
-        with ThreadPoolExecutor(len(shares)) as pool:
-            names = [f"__0_{number}.distcp" for number in range(len(shares))]
-            written = list(pool.map(lambda name, share: write_file(directory, name, share, advance), names, shares))
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                written = list(pool.map(write, names, shares))
+            finally:
+                stop.set()
     finally:
         torch.serialization.set_crc32_options(True)
     places = {index: place for found, _ in written for index, place in found.items()}
@@ -94,19 +115,26 @@ def write_chunks(
 
 
 def write_file(
-    directory: Path, name: str, chunks: Sequence[Chunk], advance: Callable[[int], object]
+    directory: Path, name: str, chunks: Sequence[Chunk], advance: Callable[[int], object], stop: threading.Event
 ) -> tuple[dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
-    """Write one file; returns where its chunks lie, and its size and hash."""
+    """Write one file; returns where its chunks lie, and its size and hash. Once told to stop it returns what it has."""
     places = {}
     with (directory / name).open("wb") as raw:
         stream = HashedStream(raw)
         for chunk in chunks:
+            if stop.is_set():
+                break
             tensor = chunk.load().view(chunk.shape)
             assert tensor.dtype == chunk.dtype, chunk.key
             if tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()  # a view would be written with all that it is a view of
             begin = stream.bytes
-            torch.save(tensor, stream)  # type: ignore[arg-type]
+            try:
+                torch.save(tensor, stream)  # type: ignore[arg-type]
+            except RuntimeError:
+                if stream.failure is not None:
+                    raise stream.failure from None
+                raise
             place = _StorageInfo(name, begin, stream.bytes - begin)
             places[MetadataIndex(chunk.key, torch.Size(chunk.offsets))] = place
             advance(tensor.nbytes)

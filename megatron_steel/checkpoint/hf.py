@@ -106,8 +106,21 @@ def check_tensors(source: Source, size: ModelConfig) -> None:
         raise ValueError(f"{source.folder}: tensors this family does not have: {', '.join(left[:3])}")
 
 
+def check_precision(source: Source, size: ModelConfig, dtype: torch.dtype | None) -> None:
+    """``ValueError`` for weights that are no plain numbers, and for layers that differ when none is asked for."""
+    kinds: dict[str, torch.dtype] = {}
+    for piece in pieces(size):
+        for name in piece.theirs:
+            kind = source.dtype(name)
+            if kind not in DTYPE_NAMES:
+                raise ValueError(f"{source.folder}: {name} is {kind}; only {', '.join(DTYPE_NAMES.values())} are read")
+            if dtype is None and not piece.fp32 and kinds.setdefault(piece.key, kind) != kind:
+                raise ValueError(f"{source.folder}: {name} is {kind}, its like {kinds[piece.key]}; give --dtype")
+
+
 def weight_chunks(source: Source, size: ModelConfig, padded_vocab: int, dtype: torch.dtype | None) -> list[Chunk]:
     """Our tensors of a folder, each read when it is written; in the folder's precision where ``dtype`` is None."""
+    check_precision(source, size, dtype)
 
     def chunk(piece: Piece) -> Chunk:
         def read() -> Tensor:

@@ -99,6 +99,8 @@ def vocab_out(tensor: Tensor, size: ModelConfig, rows: int) -> list[Tensor]:
 
 def vocab_in(tensors: list[Tensor], size: ModelConfig, rows: int) -> Tensor:
     """Padding rows are zero."""
+    if tensors[0].shape[0] == rows:
+        return tensors[0].contiguous()
     padding = tensors[0].new_zeros(rows - tensors[0].shape[0], *tensors[0].shape[1:])
     return torch.cat((tensors[0], padding))
 

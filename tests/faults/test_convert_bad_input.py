@@ -128,6 +128,17 @@ def add_tensor(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.mlp.router.weight"] = torch.zeros(3)
 
 
+def quantize(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+
+
+def halve(tensors: dict[str, torch.Tensor]) -> None:
+    """One layer in another precision than its like."""
+    for part in ("gate", "up"):
+        name = f"model.layers.1.mlp.{part}_proj.weight"
+        tensors[name] = tensors[name].to(torch.bfloat16)
+
+
 def cut_rows(folder: Path) -> None:
     """A model with fewer rows than its tokenizer has ids: what adding a token and forgetting the embedding leaves."""
     change_config(folder, vocab_size=100)
@@ -138,7 +149,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("not a Hugging Face folder",)),
     "no config": (lambda folder: (folder / "config.json").unlink(), ("not a Hugging Face folder", "config.json")),
     "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), ("config.json", "JSON")),
-    "model_type": (lambda folder: change_config(folder, model_type="gpt2"), ("model_type 'gpt2'", "llama")),
+    "model_type": (lambda folder: change_config(folder, model_type="t5"), ("model_type 't5'", "llama")),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("model.safetensors", "missing")),
     "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 5000), ("not a readable safetensors",)),
     "no tensor": (lambda folder: change_tensors(folder, lose_tensor), ("model.layers.1.self_attn.k_proj.bias",)),
@@ -146,6 +157,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "sizes": (lambda folder: change_config(folder, intermediate_size=96), ("mlp.gate_proj.weight is (88, 48)",)),
     "rows": (lambda folder: change_config(folder, vocab_size=ROWS + 1), (f"embed_tokens.weight is ({ROWS}, 48)",)),
     "extra tensor": (lambda folder: change_tensors(folder, add_tensor), ("model.layers.1.mlp.router.weight",)),
+    "integers": (lambda folder: change_tensors(folder, quantize), ("up_proj.weight is torch.int8", "float32")),
+    "precisions": (lambda folder: change_tensors(folder, halve), ("layers.1.mlp.gate_proj.weight is", "--dtype")),
     "bad index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
         ("model.safetensors.index.json", "not a safetensors index"),
@@ -238,7 +251,7 @@ def test_interrupted_export_leaves_nothing(made: Path, tmp_path: Path) -> None:
             code = process.wait(60)
         left = files_below(tmp_path)
         if number == signal.SIGTERM:
-            assert code == 128 + number and left == set()
+            assert code == 1 and left == set()
         else:
             assert not (tmp_path / "deep" / "hf").exists() and left
     assert run_tool(*argv).returncode == 0
