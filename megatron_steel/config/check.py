@@ -58,6 +58,7 @@ def check_positive(config: Config) -> None:
         (config.size, ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")),
         (config.size, ("kv_channels", "make_vocab_size_divisible_by", "vocab_size", "max_position_embeddings")),
         (config.size, ("rotary_base", "rope_scaling_factor", "norm_epsilon", "window_size", "rotary_percent")),
+        (config.size, ("rotary_base_local", "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping")),
         (config.size, ("soft_experts", "slots_per_expert", "mlp_div_ratio")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
         (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),

@@ -124,6 +124,8 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"ckpt_step": 5}, "--ckpt-step needs --load DIRECTORY"),
     ({"finetune": True}, "--finetune needs --load DIRECTORY"),
     ({"data_path": ["a"], "train_data_path": ["b"]}, "give --data-path with --split, or --train-data-path"),
+    ({"attn_logit_softcapping": 0.0}, "--attn-logit-softcapping must be greater than 0, not 0.0"),
+    ({"final_logit_softcapping": -1.0}, "--final-logit-softcapping must be greater than 0, not -1.0"),
     ({"num_layers": 0}, "--num-layers must be greater than 0, not 0"),
     ({"tensor_model_parallel_size": -1}, "--tensor-model-parallel-size must be greater than 0, not -1"),
     ({"num_query_groups": 0}, "--num-query-groups must be greater than 0, not 0"),
