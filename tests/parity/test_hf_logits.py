@@ -24,6 +24,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"untie_embeddings_and_output_weights": True, "use_rope_scaling": True, "rotary_base": 500000.0},
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True},
+    "mixtral": {"num_experts": 4},
+    "qwen3_moe": {
+        "qk_layernorm": True,
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "moe_layer_freq": [1, 0, 1],
+        "moe_router_pre_softmax": True,
+    },
+    "deepseek_v3": {
+        "num_query_groups": None,
+        "kv_channels": None,
+        "multi_latent_attention": True,
+        "q_lora_rank": 28,
+        "kv_lora_rank": 22,
+        "qk_head_dim": 14,
+        "qk_pos_emb_head_dim": 6,
+        "v_head_dim": 10,
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
     "mistral": {"untie_embeddings_and_output_weights": True},
 }
 # A program that has nothing but transformers: our packages cannot be imported in it.
@@ -143,17 +166,19 @@ def work_train(family: str, root: str, tensor_size: int) -> tuple[str, np.ndarra
 
 @pytest.mark.parametrize("tensor_size", [1, 2])
 def test_trained_model_loads_with_nothing_but_its_folder(pool: WorkerPool, tmp_path: Path, tensor_size: int) -> None:
+    # Experts would need sequence parallelism to train on several tensor-parallel ranks.
+    families = [name for name in FAMILIES if tensor_size == 1 or "num_experts" not in FAMILIES[name]]
     trained = {
         family: pool.run(tensor_size, work_train, family, str(tmp_path / f"{family}-ours"), tensor_size, join=False)[0]
-        for family in FAMILIES
+        for family in families
     }
-    exports = {family: (trained[family][0], str(tmp_path / family)) for family in FAMILIES}
+    exports = {family: (trained[family][0], str(tmp_path / family)) for family in families}
     pool.run(1, hf_models.work_export, exports, 10**9, join=False)
-    folders = [str(tmp_path / family) for family in FAMILIES]
+    folders = [str(tmp_path / family) for family in families]
     for folder in folders:
         np.save(f"{folder}.ids.npy", text_ids(ROWS).numpy())
     subprocess.run([sys.executable, "-c", ALONE, *folders], check=True, cwd=tmp_path, timeout=120)
-    for family, folder in zip(FAMILIES, folders, strict=True):
+    for family, folder in zip(families, folders, strict=True):
         theirs, (_, logits, loss) = np.load(f"{folder}.npz"), trained[family]
         np.testing.assert_allclose(theirs["logits"], logits, rtol=0, atol=TOLERANCE)
         assert loss == pytest.approx(float(theirs["loss"]), rel=1e-6)

@@ -189,6 +189,7 @@ def write_latent(size: ModelConfig) -> dict[str, Any]:
     return {
         **write_scaling(size),
         "moe_intermediate_size": width,
+        "routed_scaling_factor": size.moe_router_topk_scaling_factor or 1.0,
         "num_key_value_heads": size.num_attention_heads,
         "hidden_act": "silu",
         "attention_bias": False,
