@@ -28,6 +28,10 @@ def check_latent(config: Config) -> None:
         raise ValueError(f"--norm-epsilon {size.norm_epsilon}: latent attention has 1e-06 only")
     if size.use_rope_scaling and size.rope_scaling_type != "yarn":
         raise ValueError(f"--rope-scaling-type {size.rope_scaling_type}: latent attention has yarn only")
+    if (size.rope_mscale is None) != (size.rope_mscale_all_dim is None):
+        raise ValueError("--rope-mscale and --rope-mscale-all-dim need each other with --multi-latent-attention")
+    if size.use_rope_scaling and (size.rope_attention_factor is not None or not size.rope_truncate):
+        raise ValueError("--rope-attention-factor and --no-rope-truncate do not go with --multi-latent-attention")
     if config.parallel.tensor_model_parallel_size > 1 and not config.parallel.sequence_parallel:
         raise ValueError("--multi-latent-attention on tensor-parallel ranks needs --sequence-parallel")
     if config.data.reset_position_ids and not config.data.reset_attention_mask:

@@ -89,6 +89,7 @@ def test_published_files_there_and_back(name: str) -> None:
     back = hf_from_sizes(config.size, config.size.vocab_size, NO_IDS, "bfloat16")
     assert configured(back).size == config.size
     theirs, ours = (AutoConfig.for_model(**values).to_dict() for values in (PUBLISHED[name], back))
+    theirs["rope_parameters"].pop("type", None)  # the older name of rope_type, which stands beside it
     left = theirs.keys() - IGNORED
     assert {key: ours[key] for key in left} == {key: theirs[key] for key in left}
 

@@ -87,48 +87,14 @@ def keys(**defaults: Any) -> tuple[Key, ...]:
     )
 
 
-def read_yarn(hf: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Fields of YaRN (Peng et al. 2023, arXiv:2309.00071) as DeepSeek scales it; empty without scaling."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "yarn":
-        return {}
-    for name in ("factor", "original_max_position_embeddings"):
-        if name not in rope:
-            raise ValueError(f"{origin}: yarn needs {name} in rope_scaling")
-    # With one of the two coefficients, transformers and megatron-core scale differently; published models have both.
-    both = rope.get("mscale") and rope.get("mscale_all_dim")
-    if not both and (rope.get("mscale") or rope.get("mscale_all_dim")):
-        raise ValueError(f"{origin}: yarn with only one of mscale and mscale_all_dim is not supported")
-    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
+def check_yarn(size: ModelConfig, origin: str) -> None:
+    """``ValueError`` for a scaling that megatron-core's latent attention and transformers compute differently."""
+    if size.rope_scaling_type != "yarn":
+        raise ValueError(f"{origin}: rope scaling {size.rope_scaling_type!r} is not supported for DeepSeek; yarn is")
+    if (size.rope_mscale is None) != (size.rope_mscale_all_dim is None):
+        raise ValueError(f"{origin}: yarn with only one of mscale and mscale_all_dim is not supported for DeepSeek")
+    if size.rope_attention_factor is not None or not size.rope_truncate:
         raise ValueError(f"{origin}: yarn with attention_factor or without truncate is not supported for DeepSeek")
-    return {
-        "use_rope_scaling": True,
-        "rope_scaling_type": "yarn",
-        "rope_scaling_factor": float(rope["factor"]),
-        "rope_original_max_position_embeddings": int(rope["original_max_position_embeddings"]),
-        "rope_beta_fast": float(rope.get("beta_fast") or 32),
-        "rope_beta_slow": float(rope.get("beta_slow") or 1),
-        "rope_mscale": float(rope["mscale"]) if both else None,
-        "rope_mscale_all_dim": float(rope["mscale_all_dim"]) if both else None,
-    }
-
-
-def write_scaling(size: ModelConfig) -> dict[str, Any]:
-    """The keys of the rotary embedding, with those of :func:`read_yarn`."""
-    if not size.use_rope_scaling:
-        return write_rope(size)
-    rope: dict[str, Any] = {
-        "rope_type": "yarn",
-        "type": "yarn",
-        "rope_theta": size.rotary_base,
-        "factor": size.rope_scaling_factor,
-        "original_max_position_embeddings": size.rope_original_max_position_embeddings,
-        "beta_fast": size.rope_beta_fast,
-        "beta_slow": size.rope_beta_slow,
-    }
-    if size.rope_mscale is not None:
-        rope.update(mscale=size.rope_mscale, mscale_all_dim=size.rope_mscale_all_dim)
-    return {"rope_parameters": rope, "rope_theta": size.rotary_base, "rope_scaling": rope}
 
 
 def read_latent(hf: Mapping[str, Any], origin: str, shared: int, first_dense: int) -> dict[str, Any]:
@@ -140,12 +106,11 @@ def read_latent(hf: Mapping[str, Any], origin: str, shared: int, first_dense: in
     if first >= layers:
         raise ValueError(f"{origin}: first_k_dense_replace {first} leaves none of {layers} layers with experts")
     width = (hf.get("n_shared_experts", shared) or 0) * hf["moe_intermediate_size"]
-    yarn = read_yarn(hf, origin)
-    theta = (hf.get("rope_parameters") or {}).get("rope_theta", hf.get("rope_theta", 10000.0))
-    plain = {**hf, "rope_parameters": None, "rope_scaling": None, "rope_theta": theta} if yarn else hf
+    common = read_common(hf, origin)
+    if common["use_rope_scaling"]:
+        check_yarn(ModelConfig(**common), origin)
     return {
-        **read_common(plain, origin),
-        **yarn,
+        **common,
         "multi_latent_attention": True,
         "moe_layer_freq": [int(layer >= first) for layer in range(layers)] if first else [],
         "moe_shared_expert_intermediate_size": width or None,
@@ -187,7 +152,7 @@ def write_latent(size: ModelConfig) -> dict[str, Any]:
     frequency = size.moe_layer_freq or [1]
     shared, width = size.moe_shared_expert_intermediate_size or 0, size.moe_ffn_hidden_size or size.ffn_hidden_size
     return {
-        **write_scaling(size),
+        **write_rope(size),
         "moe_intermediate_size": width,
         "routed_scaling_factor": size.moe_router_topk_scaling_factor or 1.0,
         "num_key_value_heads": size.num_attention_heads,
