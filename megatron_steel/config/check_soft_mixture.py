@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_steel.config.model_schema import FeedForwardSizes
 from megatron_steel.config.schema import Config
 
 
@@ -11,6 +12,10 @@ def check_soft_mixture(config: Config) -> None:
     Raises ``ValueError`` like check.py.
     """
     size, tensor = config.size, config.parallel.tensor_model_parallel_size
+    if size.model_family != "steel":
+        for name in ("soft_experts", "slots_per_expert", "mlp_div_ratio"):
+            if getattr(size, name) != getattr(FeedForwardSizes(), name):
+                raise ValueError(f"--{name.replace('_', '-')} is for --model-family steel, this is {size.model_family}")
     if size.ffn_type == "dense" and size.mlp_type != "senet":
         return
     if size.ffn_hidden_size % size.mlp_div_ratio:

@@ -107,6 +107,10 @@ def test_gates_come_first() -> None:
         ({"ffn_type": "softmoe_v3", "allow_non_causal_softmoe": True, "reset_attention_mask": True}, "slots mix"),
         ({"ffn_type": "softmoe_v3", "allow_non_causal_softmoe": True, "reset_position_ids": True}, "slots mix"),
         ({"model_family": "qwen2"}, "--model-family qwen2 has dense"),
+        (
+            {"model_family": "qwen2", "ffn_type": "dense", "mlp_type": "swiglu"},
+            "--soft-experts is for --model-family steel, this is qwen2",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, Any], words: str) -> None:
