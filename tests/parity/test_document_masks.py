@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_steel.data.loader import Batch, BatchBuilder
 from megatron_steel.runtime import world as runtime
 
-NAMES = ("llama-rope", "qwen2-tied", "qwen3", "mistral")
+NAMES = ("llama-rope", "llama-yarn", "qwen2-tied", "qwen3", "mistral", "olmo2", "gemma2", "gemma3")
 EOD = 2
 TOLERANCE = 1e-5
 FLAGS: dict[str, dict[str, bool]] = {
@@ -54,7 +54,11 @@ def logits_of_transformers(name: str, flags: dict[str, bool]) -> Tensor:
                 begin = query
             allowed[row, 0, query, begin if flags.get("reset_attention_mask") else 0 : query + 1] = True
             positions_BS[row, query] = query - begin if flags.get("reset_position_ids") else query
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    near = torch.ones(40, 40, dtype=torch.bool).triu(1 - (getattr(model.config, "sliding_window", None) or 40))
+    lowest = torch.finfo(torch.float32).min
+    full, sliding = (torch.zeros(seen.shape).masked_fill(~seen, lowest) for seen in (allowed, allowed & near))
+    by_kind = {"full_attention": full, "sliding_attention": sliding}
+    mask = by_kind if name.startswith("gemma") else full
     return model(tokens_BS, attention_mask=mask, position_ids=positions_BS).logits
 
 
