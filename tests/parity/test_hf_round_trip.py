@@ -13,10 +13,13 @@ from pool import WorkerPool
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_steel.checkpoint.dcp_read import StoredTensors
 from megatron_steel.checkpoint.hf import check_tensors, read_hf_config
 from megatron_steel.checkpoint.hf_folder import HFWeights
+from megatron_steel.runtime import world as runtime
 
 SHARD_BYTES = 40_000
+RESAVED = "qwen2-tied"
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -62,6 +65,33 @@ def test_round_trip_is_exact(pool: WorkerPool, tmp_path: Path, dtype: torch.dtyp
         assert config["dtype"] == str(dtype).removeprefix("torch.")
         assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def work_resave(checkpoint: str, root: str, layout: tuple[int, int]) -> None:
+    """Load a checkpoint on a layout and save what the ranks hold."""
+    from megatron_steel.checkpoint.state import read_state
+    from megatron_steel.checkpoint.store import save
+    from megatron_steel.checkpoint.verify import load_for_inference
+
+    world = runtime.start(tensor_model_parallel_size=layout[0], pipeline_model_parallel_size=layout[1])
+    model, _ = load_for_inference(Path(checkpoint), world, bf16=False)
+    save(Path(root), model, None, read_state(Path(checkpoint)), world, lambda directory: None)
+
+
+def test_a_checkpoint_of_four_ranks_exports_the_same(pool: WorkerPool, tmp_path: Path) -> None:
+    """Chunks of two tensor-parallel ranks and two stages come together to the bits of one process."""
+    make_model(RESAVED).save_pretrained(tmp_path / "hf")
+    where = {RESAVED: (str(tmp_path / "hf"), str(tmp_path / "ours"))}
+    checkpoint = pool.run(1, hf_models.work_import, where, join=False)[0][RESAVED]
+    pool.run(4, work_resave, checkpoint, str(tmp_path / "four"), (2, 2), join=False)
+    four = tmp_path / "four" / "iter_0000000"
+    gate_up = StoredTensors(four).facts("decoder.layers.mlp.linear_fc1.weight")
+    assert len(gate_up.chunks) == 4 * gate_up.size[0]  # each rank has its part of both halves
+    pool.run(1, hf_models.work_export, {RESAVED: (str(four), str(tmp_path / "back"))}, SHARD_BYTES, join=False)
+    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
 
 
 def test_gpt2_as_it_is_on_the_hub(tmp_path: Path) -> None:
