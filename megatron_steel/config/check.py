@@ -146,6 +146,8 @@ def check_family(config: Config) -> None:
             f"--model-family {family.name} has one key head per query head and heads of hidden_size / heads; "
             f"leave --num-query-groups and --kv-channels unset"
         )
+    if family.wide_feed_forward and size.ffn_hidden_size != 4 * size.hidden_size:
+        raise ValueError(f"--model-family {family.name} needs --ffn-hidden-size {4 * size.hidden_size}, 4 hidden sizes")
     for name in ("full_attention_layers", "no_rope_layers"):
         if beyond := [layer for layer in getattr(size, name) if not 0 <= layer < size.num_layers]:
             raise ValueError(f"--{name.replace('_', '-')} {beyond[0]}: layers count from 0 to {size.num_layers - 1}")

@@ -100,8 +100,8 @@ class Family:
     value is refused. switches: values a switch may have (``ANY`` for all); a switch that is not named has its default.
     ignore: patterns of tensors that old files hold and nobody needs. modeling: name of the code written beside the
     weights for a family transformers does not have. dimensions: symbols of its own for shapes. plain_heads: one key
-    head per query head, all of them together as wide as the model. base_prefix: what names of tensors begin with,
-    except in old files.
+    head per query head, all of them together as wide as the model. wide_feed_forward: it is always four times as wide
+    as the model. base_prefix: what names of tensors begin with, except in old files.
     """
 
     name: str
@@ -117,6 +117,7 @@ class Family:
     modeling: str | None = None
     dimensions: Callable[[ModelConfig], dict[str, int]] = lambda size: {}
     plain_heads: bool = False
+    wide_feed_forward: bool = False
     base_prefix: str = ""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ModelFamily = Literal[
+    "bloom",
     "deepseek_v2",
     "deepseek_v3",
     "gemma2",

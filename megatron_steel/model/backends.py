@@ -28,6 +28,7 @@ Uses = Callable[[ModelConfig], Any]
 SPECIAL: tuple[tuple[str, Uses, tuple[str, ...]], ...] = (
     ("--num-experts", lambda size: size.num_experts, ("torch", "local")),
     ("--multi-latent-attention", lambda size: size.multi_latent_attention, ("torch", "local")),
+    ("--position-embedding-type alibi", lambda size: size.position_embedding_type == "alibi", ("torch",)),
     ("--apply-layernorm-1p", lambda size: size.apply_layernorm_1p, ("torch", "transformer_engine")),
     ("--rotary-base-local", lambda size: size.rotary_base_local is not None, ("torch",)),
     ("--attn-logit-softcapping", lambda size: size.attn_logit_softcapping is not None, ("torch",)),

@@ -109,7 +109,8 @@ def build_chunk(
         pre_process=first,
         post_process=last,
         share_embeddings_and_output_weights=not size.untie_embeddings_and_output_weights,
-        position_embedding_type=size.position_embedding_type,
+        # megatron-core has no ALiBi; the attention brings it in.
+        position_embedding_type="none" if size.position_embedding_type == "alibi" else size.position_embedding_type,
         rotary_percent=size.rotary_percent,
         rotary_base=size.rotary_base,  # type: ignore[arg-type]
         vp_stage=stage,
@@ -117,7 +118,7 @@ def build_chunk(
     model.valid_vocab = vocab_size
     add_rotary_table(model, size)
     if first and size.stable_embedding:
-        add_stable_embedding(model, options)
+        add_stable_embedding(model, size, options)
     if first and size.embedding_scale:
         add_embedding_scale(model, size.hidden_size)
     if last and size.final_logit_softcapping is not None:

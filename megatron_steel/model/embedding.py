@@ -12,16 +12,18 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_steel.config.schema import ModelConfig
 from megatron_steel.model.attention_math import softcap
 from megatron_steel.model.norms import LayerNorm
 
-# PyTorch's default, which Open-Llama leaves as it is; the norms of its layers have another.
+# PyTorch's default, which Open-Llama leaves as it is beside RMSNorms with another; BLOOM's is like its other norms.
 STABLE_EPSILON = 1e-5
 
 
-def add_stable_embedding(model: GPTModel, options: TransformerConfig) -> None:
+def add_stable_embedding(model: GPTModel, size: ModelConfig, options: TransformerConfig) -> None:
     """Put a LayerNorm with a bias between the lookup and its dropout (Dettmers et al. 2022, arXiv:2110.02861)."""
-    norm = LayerNorm(options, options.hidden_size, STABLE_EPSILON)
+    epsilon = size.norm_epsilon if size.normalization == "LayerNorm" else STABLE_EPSILON
+    norm = LayerNorm(options, size.hidden_size, epsilon)
     model.embedding.layer_norm = norm
 
     def normalise(words: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_steel.config.families.steel import is_soft
 from megatron_steel.config.family import group_count, has_experts
 from megatron_steel.config.schema import ModelConfig
+from megatron_steel.model.alibi import DistanceAttention
 from megatron_steel.model.attention_math import SoftcapAttention
 from megatron_steel.model.backends import layer_parts
 from megatron_steel.model.layer import DecoderLayer, DecoderLayerSubmodules
@@ -72,10 +73,10 @@ def head_norms(provider: BackendSpecProvider, size: ModelConfig) -> tuple[Any, A
 
 
 def core_attention(provider: BackendSpecProvider, size: ModelConfig) -> Any:
-    """What computes and uses the scores; only our own knows a softcap."""
+    """What computes and uses the scores; only our own know a softcap or ALiBi."""
     if size.attn_logit_softcapping is not None:
         return ModuleSpec(module=SoftcapAttention, params={"cap": size.attn_logit_softcapping})
-    return provider.core_attention()
+    return DistanceAttention if size.position_embedding_type == "alibi" else provider.core_attention()
 
 
 def choose_attention(provider: BackendSpecProvider, size: ModelConfig, layer: int) -> ModuleSpec:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BloomConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
@@ -197,6 +198,9 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
             "sliding_window_pattern": 3,
         },
     ),
+    # Heads whose number is a power of two, and others.
+    "bloom": (BloomConfig, {"layer_norm_epsilon": 1e-4}),
+    "bloom-six": (BloomConfig, {"num_attention_heads": 6, "vocab_size": 133, "tie_word_embeddings": False}),
     "gpt2": (GPT2Config, {"n_inner": 88, "head_dim": None, "vocab_size": 133}),
     "open-llama": (OpenLlamaConfig, {"rms_norm_eps": 1e-6}),
     "open-llama-v2": (

@@ -341,7 +341,7 @@ def test_plain_rope_in_both_spellings(family: str) -> None:
         ("gpt_neox", {"hidden_act": "relu"}, "hidden_act 'relu'"),
         ("gpt_neox", {"attention_bias": False}, "attention_bias"),
         ("gpt2", {"n_embd": 32, "n_layer": 1, "n_head": 1, "scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
-        ("bloom", {}, "model_type 'bloom'"),
+        ("mpt", {}, "model_type 'mpt'"),
         (None, {}, "model_type None"),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope scaling linear needs factor"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_steel.config.families import deepseek, gemma, gpt, llama, moe, olmo, open_llama, smollm, steel
+from megatron_steel.config.families import bloom, deepseek, gemma, gpt, llama, moe, olmo, open_llama, smollm, steel
 from megatron_steel.config.family import Family
 
-GROUPS = (deepseek, llama, open_llama, smollm, gemma, olmo, gpt, moe, steel)
+GROUPS = (deepseek, llama, open_llama, smollm, gemma, olmo, gpt, bloom, moe, steel)
 FAMILIES: dict[str, Family] = {family.name: family for group in GROUPS for family in group.FAMILIES}
 
 
