@@ -36,6 +36,25 @@ def test_auto_leaves_what_transformer_engine_lacks_to_torch(monkeypatch: pytest.
     assert choose_backend("auto", ModelConfig(window_size=8)) == ("torch", "Transformer Engine has no --window-size")
 
 
+@pytest.mark.parametrize("name", ["local", "transformer_engine"])
+@pytest.mark.parametrize("changes", [{"attn_logit_softcapping": 50.0}, {"rotary_base_local": 1e4}], ids=str)
+def test_only_torch_has_softcaps_and_two_rotary_bases(
+    monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(backends.device, "has_gpu", lambda: True)
+    monkeypatch.setattr(backends, "have_transformer_engine", lambda: True)
+    flag = next(iter(changes)).replace("_", "-")
+    with pytest.raises(ValueError, match=f"--transformer-impl {name} has no --{flag}"):
+        choose_backend(name, ModelConfig(**changes))
+    assert choose_backend("auto", ModelConfig(**changes))[0] == "torch"
+
+
+def test_layers_with_a_window_take_the_local_base() -> None:
+    size = ModelConfig(rotary_base_local=1e4, window_size=8, full_attention_layers=[1], num_layers=3)
+    block = layer_spec(build_provider("torch", size), size, range(3))
+    assert [layer.submodules.self_attention.params["local_rope"] for layer in block.layer_specs] == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("changes", "module", "norm", "before", "after"),
     [

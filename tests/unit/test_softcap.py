@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from megatron_steel.model import attention_math
 from megatron_steel.model.attention_math import SoftcapAttention, softcap
+from megatron_steel.model.embedding import add_embedding_scale
 
 CAP, SCALE = 1.5, 0.4
 
@@ -94,3 +97,13 @@ def test_softcap_keeps_order_sign_and_bound(x: float, cap: float) -> None:
     assert abs(y) <= cap and abs(y) <= abs(x) + 1e-9 and y * x >= 0
     if abs(x) < cap / 100:
         assert y == pytest.approx(x, rel=1e-4)
+
+
+def test_embeddings_are_scaled_in_the_precision_of_the_weight() -> None:
+    """As transformers does: 45.25 instead of 45.2548 in bf16; the weight, which a tied head uses, stays."""
+    for dtype, scale in ((torch.bfloat16, 45.25), (torch.float32, 2048**0.5)):
+        words = torch.nn.Embedding(3, 2048, dtype=dtype)
+        before, ids = words.weight.detach().clone(), torch.tensor([[2, 0]])
+        add_embedding_scale(SimpleNamespace(embedding=SimpleNamespace(word_embeddings=words)), 2048)  # type: ignore
+        assert torch.equal(words(ids), before[ids] * torch.tensor(scale, dtype=dtype))
+        assert torch.equal(words.weight, before)
