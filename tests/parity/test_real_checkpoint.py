@@ -143,3 +143,16 @@ def test_published_tokenizer_survives_the_round_trip(pool: WorkerPool, tmp_path:
     text = before.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == after.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert before.encode(text) == after.encode(text)
+
+
+def test_as_many_rows_as_qwen_on_real_text(pool: WorkerPool, tmp_path: Path) -> None:
+    """The same without anything from outside: 151,936 rows, biases, the bundled tokenizer, English and Chinese."""
+    sizes = {"vocab_size": ROWS_OF_QWEN, "max_position_embeddings": 2 * TEXT_TOKENS}
+    hf_models.make_model("qwen2-tied", **sizes).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    for path in (CORPUS / "tokenizer").iterdir():
+        shutil.copy(path, tmp_path / "hf")
+    where = {"model": (str(tmp_path / "hf"), str(tmp_path / "ours"))}
+    checkpoint = pool.run(1, hf_models.work_import, where, join=False)[0]["model"]
+    check_agreement(pool, Path(checkpoint), tmp_path / "hf")
+    pool.run(1, hf_models.work_export, {"model": (checkpoint, str(tmp_path / "back"))}, 10**9, join=False)
+    assert same_tensors(tmp_path / "hf", tmp_path / "back")
