@@ -197,7 +197,7 @@ def test_unknown_preset_suggests() -> None:
     [
         ("{", "not readable as JSON"),
         ("[1]", "must hold a JSON object"),
-        ('{"model_type": "bloom"}', "model_type 'bloom'"),
+        ('{"model_type": "rwkv"}', "model_type 'rwkv'"),
     ],
 )
 def test_bad_model_folder(tmp_path: Path, text: str, message: str) -> None:
