@@ -27,10 +27,13 @@ class CountedWindows:
     def prepare(self) -> None:
         """Nothing to index."""
 
+    def prepared(self) -> bool:
+        return False
+
     def __len__(self) -> int:
         return 40
 
-    def __getitem__(self, window: int) -> np.ndarray:
+    def read(self, window: int, epoch: int) -> np.ndarray:
         self.reads += 1
         return np.random.RandomState(window).randint(0, 8, SEQ_LENGTH + 1).astype(np.int64)
 
