@@ -68,7 +68,7 @@ def run_rank(rank: int, store: str, eod_mask_loss: bool, reads_data: bool) -> No
                 for batches in steps
                 for b in batches
             ],
-            "windows": [windows[int(window)].tolist() for window in ledger.samples(0, 12)[2]],
+            "windows": [windows.read(int(window), 0).tolist() for window in ledger.samples(0, 12)[2]],
         },
         f"{store}/rank{rank}.pt",
     )
