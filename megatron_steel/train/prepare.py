@@ -101,7 +101,8 @@ def resolved(name: str, values: dict[str, Any]) -> Any:
 def check_same_model(saved: dict[str, Any], now: dict[str, Any], origin: Path) -> None:
     """``ValueError`` names the first size that differs from the checkpoint's."""
     saved = {**to_flat(Config()), **saved}  # what an older version did not know had its default then
-    for name in MODEL_IDENTITY:
+    # What follows from other options when it is unset comes last: the user changed the others.
+    for name in sorted(MODEL_IDENTITY, key=lambda name: name in ("num_query_groups", "kv_channels")):
         before, after = resolved(name, saved), resolved(name, now)
         # The two have the same weights; a run cannot go over from one to the other, but can start from it.
         if now.get("finetune") and (before, after) == ("softmoe_v3", "softmoe_causal"):
