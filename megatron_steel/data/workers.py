@@ -90,7 +90,12 @@ class Aside:
     def __init__(self, function: Callable[[], Any]) -> None:
         context = multiprocessing.get_context("fork")
         self._ours, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=lambda: theirs.send(function()), daemon=True)
+
+        def work() -> None:
+            leave_signals()
+            theirs.send(function())
+
+        self._process = context.Process(target=work, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -116,14 +121,19 @@ def receive(connection: Connection) -> Any:
         raise RuntimeError("a worker process died (out of memory?); use fewer --workers") from error
 
 
+def leave_signals() -> None:
+    """In a process of ours: the main process decides what an interrupt means, and ends us with a signal that does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def serve(
     connection: Connection, others: Sequence[Connection], work: Work, worn: Callable[[], bool], parent: int
 ) -> None:
     """The life of a worker process: take an item, do it, send its result; end when the main process is gone."""
     for other in others:
         other.close()  # ends of the main process, which would seem alive as long as they are open here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what an interrupt means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leave_signals()
 
     def watch() -> None:
         while os.getppid() == parent:
