@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pool import WorkerPool
+
+from megatron_steel.checkpoint.hf import import_hf
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests" / "parity"))
@@ -38,12 +39,11 @@ PATIENCE = 8.0
 
 
 @pytest.fixture(scope="module")
-def made(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``hf``, a model of many tensors, and ``ours``, imported from it."""
     root = tmp_path_factory.mktemp("convert")
     hf_models.make_model("qwen2-tied", num_hidden_layers=40, vocab_size=1000).save_pretrained(root / "hf")
-    where = {"model": (str(root / "hf"), str(root / "ours"))}
-    pool.run(1, hf_models.work_import, where, join=False)
+    import_hf(root / "hf", root / "ours")
     return root
 
 
@@ -71,7 +71,7 @@ def test_stopped_in_the_middle(made: Path, tmp_path: Path, command: str, number:
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_full_disk(pool: WorkerPool, made: Path, make_disk: Callable[[int], Path], command: str) -> None:
+def test_full_disk(made: Path, make_disk: Callable[[int], Path], command: str) -> None:
     """One line, and the disk is as empty as before."""
     size = sum(path.stat().st_size for path in (made / "hf").glob("*.safetensors"))
     disk = make_disk(max(size // 2, 1 << 16))
