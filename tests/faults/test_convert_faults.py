@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pool import WorkerPool
 
 from megatron_steel.checkpoint.hf import import_hf
 
@@ -71,7 +72,7 @@ def test_stopped_in_the_middle(made: Path, tmp_path: Path, command: str, number:
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_full_disk(made: Path, make_disk: Callable[[int], Path], command: str) -> None:
+def test_full_disk(pool: WorkerPool, made: Path, make_disk: Callable[[int], Path], command: str) -> None:
     """One line, and the disk is as empty as before."""
     size = sum(path.stat().st_size for path in (made / "hf").glob("*.safetensors"))
     disk = make_disk(max(size // 2, 1 << 16))
