@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from tqdm import tqdm
 from megatron_steel.checkpoint import files
 from megatron_steel.checkpoint.dcp_write import Chunk, write_chunks
 from megatron_steel.checkpoint.hf_folder import remove_empty
-from megatron_steel.checkpoint.hf_map import Piece, to_ours
+from megatron_steel.checkpoint.hf_map import Piece, our_shape
 from megatron_steel.checkpoint.state import STATE_FILE, TOKENIZER_FOLDER, TrainState
 from megatron_steel.config.load import to_flat
-from megatron_steel.config.schema import Config, ModelConfig
+from megatron_steel.config.schema import Config
+from megatron_steel.data.workers import Aside
 from megatron_steel.text.tokenizer import Tokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -35,12 +36,9 @@ def progress(total: int, label: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def piece_chunk(
-    piece: Piece, size: ModelConfig, padded_vocab: int, dtype: torch.dtype, read: Callable[[], Tensor]
-) -> Chunk:
+def piece_chunk(piece: Piece, padded_vocab: int, dtype: torch.dtype, read: Callable[[], Tensor]) -> Chunk:
     """The chunk of a checkpoint that a piece is; ``read`` gives our tensor in any precision."""
-    nothing = [torch.empty(shape, device="meta") for shape in piece.shapes]
-    shape = tuple(to_ours(piece.how, nothing, size, padded_vocab).shape)
+    shape = our_shape(piece, padded_vocab)
     kind = torch.float32 if piece.fp32 else dtype
     ones, zeros = (1,) * len(piece.index), (0,) * len(shape)
     return Chunk(piece.key, (*piece.of, *shape), (*piece.index, *zeros), (*ones, *shape), kind, lambda: read().to(kind))
@@ -59,27 +57,40 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"type": tokenizer.name, "fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
 
 
-def publish_weights(
-    root: Path,
-    config: Config,
-    chunks: Sequence[Chunk],
-    tokenizer: Tokenizer | None,
-    generation: Path | None,
-) -> Path:
-    """Publish a checkpoint without optimizer state as iteration 0 of a new root; returns its directory.
+def save_tokenizer(load: Callable[[], Tokenizer | None], directory: Path, rows: int) -> dict[str, Any]:
+    """Write a tokenizer; returns what identifies it, nothing where there is none.
 
-    ``chunks`` are its tensors, each read when its turn has come; ``generation`` is a ``generation_config.json`` to take
-    along if it is there. Nothing is left of a checkpoint that fails. Raises ``ValueError`` when the root is in use, or
-    when the tokenizer has more ids than the model has rows.
+    Raises ``ValueError`` when it has more ids than the model has ``rows``.
     """
-    check_new_root(root)
-    rows = config.size.vocab_size
-    assert rows is not None
-    if tokenizer is not None and tokenizer.vocab_size > rows:
+    tokenizer = load()
+    if tokenizer is None:
+        return {}
+    if tokenizer.vocab_size > rows:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the embedding only {rows} rows; resize the embedding or "
             f"remove the added tokens"
         )
+    tokenizer.save(directory)
+    return tokenizer_facts(tokenizer)
+
+
+def publish_weights(
+    root: Path,
+    config: Config,
+    chunks: Sequence[Chunk],
+    tokenizer: Callable[[], Tokenizer | None],
+    generation: Path | None,
+) -> Path:
+    """Publish a checkpoint without optimizer state as iteration 0 of a new root; returns its directory.
+
+    ``chunks`` are its tensors, each read when its turn has come; ``tokenizer`` loads the tokenizer, in a process beside
+    the writing of the tensors, since a large one takes two seconds; ``generation`` is a ``generation_config.json`` to
+    take along if it is there. Nothing is left of a checkpoint that fails. Raises ``ValueError`` when the root is in
+    use, or when the tokenizer has more ids than the model has rows.
+    """
+    check_new_root(root)
+    rows = config.size.vocab_size
+    assert rows is not None
     state = TrainState(config=to_flat(config), vocab_size=rows, has_optimizer=False)
     temporary = files.temporary_directory(root, 0)
     made = [path for path in (root.absolute(), *root.absolute().parents) if not path.exists()]
@@ -87,12 +98,10 @@ def publish_weights(
         root.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(root)
         temporary.mkdir()
-        with progress(sum(chunk.nbytes for chunk in chunks), "import") as advance, ThreadPoolExecutor(1) as beside:
-            saved = beside.submit(tokenizer.save, temporary / TOKENIZER_FOLDER) if tokenizer else None
-            facts = write_chunks(temporary, chunks, THREADS, advance)
-        if tokenizer is not None and saved is not None:
-            saved.result()
-            state.tokenizer = tokenizer_facts(tokenizer)
+        with Aside(partial(save_tokenizer, tokenizer, temporary / TOKENIZER_FOLDER, rows)) as saved:
+            with progress(sum(chunk.nbytes for chunk in chunks), "import") as advance:
+                facts = write_chunks(temporary, chunks, THREADS, advance)
+            state.tokenizer = saved.result
         if generation is not None and generation.is_file():
             shutil.copyfile(generation, temporary / GENERATION_FILE)
         files.write_json(temporary / STATE_FILE, state.to_json())

@@ -97,9 +97,9 @@ def write_chunks(
             stop.set()
             raise
 
-    torch.serialization.set_crc32_options(False)  # there is a sha256 of every file
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        # There is a sha256 of every file. Each thread has to be told; before PyTorch 2.13 it was one setting for all.
+        with ThreadPoolExecutor(threads, initializer=torch.serialization.set_crc32_options, initargs=(False,)) as pool:
             try:
                 written = list(pool.map(write, names, shares))
             finally:

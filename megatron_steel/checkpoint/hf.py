@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,7 +127,7 @@ def weight_chunks(source: Source, size: ModelConfig, padded_vocab: int, dtype: t
         def read() -> Tensor:
             return to_ours(piece.how, [source.get(name) for name in piece.theirs], size, padded_vocab)
 
-        return piece_chunk(piece, size, padded_vocab, dtype or source.dtype(piece.theirs[0]), read)
+        return piece_chunk(piece, padded_vocab, dtype or source.dtype(piece.theirs[0]), read)
 
     return [chunk(piece) for piece in pieces(size)]
 
@@ -148,7 +149,7 @@ def import_hf(folder: Path, root: Path, tensor_parallel_size: int = 1, dtype: to
     assert size.vocab_size is not None
     padded = padded_vocab_size(size.vocab_size, size.make_vocab_size_divisible_by, tensor_parallel_size)
     chunks = weight_chunks(source, size, padded, dtype)
-    return publish_weights(root, config, chunks, tokenizer_of(folder), folder / GENERATION_FILE)
+    return publish_weights(root, config, chunks, partial(tokenizer_of, folder), folder / GENERATION_FILE)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:

@@ -164,6 +164,19 @@ TRANSFORMS: dict[str, tuple[Out, In]] = {
 }
 
 
+def our_shape(piece: Piece, padded_vocab: int) -> tuple[int, ...]:
+    """Shape of what :func:`to_ours` makes of a piece, without doing it.
+
+    Asking ``torch`` on its meta device would import eight hundred modules for the first answer.
+    """
+    first = piece.shapes[0]
+    if piece.how == "vocab":
+        return (padded_vocab, *first[1:])
+    if piece.how in ("transpose", "qkv_columns"):
+        return first[::-1]
+    return (sum(shape[0] for shape in piece.shapes), *first[1:])
+
+
 def to_theirs(how: str, tensor: Tensor, size: ModelConfig, vocab_size: int) -> list[Tensor]:
     """Split one of our tensors (of one layer or expert) into Hugging Face's, as contiguous tensors."""
     return TRANSFORMS[how][0](tensor, size, vocab_size)

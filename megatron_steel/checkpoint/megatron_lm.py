@@ -292,7 +292,7 @@ def import_megatron(
         shape, dtype = source.facts(piece)
         if piece.key not in VOCABULARY and math.prod(shape) != sum(map(math.prod, piece.shapes)):
             raise ValueError(f"{directory}: {piece.key} is {shape}, not what the arguments say")
-        chunks.append(piece_chunk(piece, size, padded, dtype, partial(read, piece)))
+        chunks.append(piece_chunk(piece, padded, dtype, partial(read, piece)))
     if left := source.left_over():
         raise ValueError(f"{directory}: tensors --model-family {size.model_family} does not have: {left[0]}")
-    return publish_weights(save, config, chunks, tokenizer, None)
+    return publish_weights(save, config, chunks, lambda: tokenizer, None)

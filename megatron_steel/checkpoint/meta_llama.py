@@ -201,4 +201,4 @@ def import_meta(
     assert size.vocab_size is not None
     padded = padded_vocab_size(size.vocab_size, size.make_vocab_size_divisible_by, tensor_parallel_size)
     chunks = weight_chunks(source, size, padded, None)
-    return publish_weights(root, config, chunks, tokenizer or own_tokenizer(folder), None)
+    return publish_weights(root, config, chunks, lambda: tokenizer or own_tokenizer(folder), None)

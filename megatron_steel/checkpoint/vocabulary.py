@@ -97,4 +97,4 @@ def extend_vocabulary(
             for chunk in facts.chunks:
                 read = partial(stored.read_chunk, key, chunk)
                 chunks.append(Chunk(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype, read))
-    return publish_weights(root, config, chunks, tokenizer, checkpoint / GENERATION_FILE)
+    return publish_weights(root, config, chunks, lambda: tokenizer, checkpoint / GENERATION_FILE)

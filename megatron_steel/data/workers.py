@@ -85,7 +85,10 @@ def start_worker(work: Work, worn: Callable[[], bool], item: int, running: dict[
 
 
 class Aside:
-    """One call in a process of its own, begun now and asked for later. Leaving the context ends it."""
+    """One call in a process of its own, begun now and asked for later. Leaving the context ends it.
+
+    A ValueError or OSError of the call is raised by ``result``; a process that dies is a ``RuntimeError``.
+    """
 
     def __init__(self, function: Callable[[], Any]) -> None:
         context = multiprocessing.get_context("fork")
@@ -93,7 +96,10 @@ class Aside:
 
         def work() -> None:
             leave_signals()
-            theirs.send(function())
+            try:
+                theirs.send((function(), None))
+            except (ValueError, OSError) as error:
+                theirs.send((None, error))
 
         self._process = context.Process(target=work, daemon=True)
         self._process.start()
@@ -110,7 +116,10 @@ class Aside:
     @functools.cached_property
     def result(self) -> Any:
         """What the call returned; waits for it."""
-        return receive(self._ours)
+        value, error = receive(self._ours)
+        if error is not None:
+            raise error
+        return value
 
 
 def receive(connection: Connection) -> Any:

@@ -29,6 +29,7 @@ NEUTRAL_KEYS = frozenset(
 # Of Qwen 2, 2.5 and 3 it takes the vocabulary, the merges and the added tokens, and puts its own steps around them.
 QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 QWEN2_KEYS = NEUTRAL_KEYS | {"additional_special_tokens", "errors"}
+QWEN2_MODELS = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 QWEN2_OFF = ("add_bos_token", "add_prefix_space", "split_special_tokens")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 BPE_SETTINGS = (
@@ -167,18 +168,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def names_qwen2(path: Path) -> bool:
+    """Whether a ``config.json`` says no more about the tokenizer than that the model is a Qwen 2, 2.5 or 3."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    if not isinstance(config, dict) or config.get("model_type") not in QWEN2_MODELS:
+        return False
+    return not {"tokenizer_class", "auto_map", "model_name", "_name_or_path"} & set(config)
+
+
 def load_direct(folder: Path, config: dict[str, Any]) -> tuple[Any, dict[str, str]] | None:
     """The tokenizer of ``tokenizer.json`` itself and its named tokens, or None where AutoTokenizer may differ.
 
-    ``config.json`` and ``special_tokens_map.json`` also steer AutoTokenizer, so their presence rules it out.
+    ``config.json`` and ``special_tokens_map.json`` also steer AutoTokenizer, so their presence rules it out; but for
+    the former in the folder of a Qwen model, for which it means the same class.
     """
-    steering = ("config.json", "special_tokens_map.json", "added_tokens.json")
+    steering = ("special_tokens_map.json", "added_tokens.json")
     kind, keys = config.get("tokenizer_class"), set(config)
     generic = kind in GENERIC_CLASSES and keys <= NEUTRAL_KEYS
     off = {key for key in QWEN2_OFF if config.get(key) is False}
     # Its class has defaults of its own for tokens that the configuration does not name.
     qwen2 = kind in QWEN2_CLASSES and {"eos_token", "pad_token"} <= keys and keys - off <= QWEN2_KEYS
-    path = folder / "tokenizer.json"
+    path, model = folder / "tokenizer.json", folder / "config.json"
+    if model.is_file() and not (qwen2 and names_qwen2(model)):
+        return None
     if not (generic or qwen2) or not path.is_file() or any((folder / name).exists() for name in steering):
         return None
     import tokenizers

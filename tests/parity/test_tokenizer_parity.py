@@ -140,6 +140,29 @@ def test_a_qwen2_folder_is_read_directly_only_where_that_is_the_same(
     assert ours.encode_documents(texts()) == library.encode_documents(texts())
 
 
+@pytest.mark.parametrize(
+    ("model", "direct"),
+    [
+        ({"model_type": "qwen2"}, True),
+        ({"model_type": "qwen3_moe"}, True),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "qwen2", "tokenizer_class": "LlamaTokenizer"}, False),
+    ],
+    ids=["qwen2", "qwen3-moe", "llama", "class"],
+)
+def test_a_model_beside_it_rules_that_out_unless_it_is_a_qwen(
+    model: dict[str, Any], direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path, qwen2(), steps())
+    (path / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    assert (huggingface.load_direct(path, huggingface.read_config(path)) is not None) == direct
+    ours = build_tokenizer("HuggingFaceTokenizer", str(path))
+    monkeypatch.setattr(huggingface, "load_direct", lambda *_: None)
+    library = build_tokenizer("HuggingFaceTokenizer", str(path))
+    assert ours.describe() == library.describe()
+    assert ours.encode_documents(texts()) == library.encode_documents(texts())
+
+
 def test_documents_are_never_cut_or_padded(tmp_path: Path) -> None:
     limit = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
     cut = build_tokenizer("HuggingFaceTokenizer", str(folder(tmp_path, {}, {"truncation": limit})))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_steel.checkpoint.hf_map import pieces, to_ours, to_theirs
+from megatron_steel.checkpoint.hf_map import our_shape, pieces, to_ours, to_theirs
 from megatron_steel.config.family import group_count, head_width
 from megatron_steel.config.hf_sizes import hf_from_sizes
 from megatron_steel.config.schema import ModelConfig
@@ -215,3 +215,12 @@ def test_our_names_are_unique(family: str) -> None:
     assert sorted(ours) == sorted(
         [(key, (layer,)) for key in stacks for layer in range(3)] + [i for i in ours if not i[1]]
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_are_those_of_the_tensors_that_are_made(family: str) -> None:
+    size = tiny(family, untied=False)
+    size.vocab_size = 100
+    for piece in pieces(size):
+        made = to_ours(piece.how, [torch.zeros(shape) for shape in piece.shapes], size, 128)
+        assert our_shape(piece, 128) == tuple(made.shape), piece.key
