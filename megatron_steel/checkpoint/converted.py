@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from megatron_steel.checkpoint.hf_map import Piece, our_shape
 from megatron_steel.checkpoint.state import STATE_FILE, TOKENIZER_FOLDER, TrainState
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.schema import Config
+from megatron_steel.data.progress import ByteProgress
 from megatron_steel.data.workers import Aside
 from megatron_steel.text.tokenizer import Tokenizer
 
@@ -31,8 +33,11 @@ THREADS = min(8, os.cpu_count() or 1)
 
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal; the function it gives takes the bytes that were done since."""
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+    """A bar on a terminal, lines in a log; the function it gives takes the bytes that were done since."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield ByteProgress(label, total).add
+        return
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True) as bar:
         yield bar.update
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -11,20 +12,22 @@ LINE_SECONDS = 2.0
 
 
 class ByteProgress:
-    """Counts bytes of a known total; prints nothing in the first seconds, so quick work stays quiet."""
+    """Counts bytes of a known total, from any thread; silent in the first seconds, so that quick work says nothing."""
 
     def __init__(self, what: str, total_bytes: int) -> None:
         self.what, self.total, self.done = what, max(total_bytes, 1), 0
         self._start = time.monotonic()
         self._next = self._start + FIRST_LINE_SECONDS
+        self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
         """Note ``count`` more bytes, and print a line when it is time for one."""
-        self.done += count
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + LINE_SECONDS
+        with self._lock:
+            self.done += count
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + LINE_SECONDS
         seconds = now - self._start
         left = seconds * max(self.total - self.done, 0) / max(self.done, 1)
         print(
