@@ -37,6 +37,8 @@ FREE = {
     "moe_token_dispatcher_type",
 }
 MODEL_IDENTITY = tuple(option.name for option in fields(ModelConfig) if option.name not in FREE)
+# Options about the end-of-document token.
+END_OF_DOCUMENT = ("eod_mask_loss", "reset_attention_mask", "reset_position_ids")
 
 
 @dataclass(kw_only=True)
@@ -129,9 +131,21 @@ def resolve_vocabulary(config: Config, tokenizer: Tokenizer, state: TrainState |
         )
 
 
+def changed_masks(config: Config, state: TrainState, origin: Path) -> list[str]:
+    """A warning for each option that decides which tokens are seen or trained and was another one before."""
+    now, notes = to_flat(config), []
+    for name in END_OF_DOCUMENT:
+        before = bool(state.config.get(name))
+        if before != now[name]:
+            flag = name.replace("_", "-")
+            said = (f"without --{flag}", "with it") if now[name] else (f"with --{flag}", "without it")
+            notes.append(f"{origin} was trained {said[0]}; this run goes on {said[1]}")
+    return notes
+
+
 def check_end_of_document(config: Config, tokenizer: Tokenizer) -> None:
     """``ValueError`` when an option is about the end-of-document token and the tokenizer has none."""
-    for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids"):
+    for name in END_OF_DOCUMENT:
         if getattr(config.data, name) and tokenizer.eos_id is None:
             flag = name.replace("_", "-")
             raise ValueError(
@@ -227,6 +241,7 @@ def prepare(config: Config) -> Prepared:
     resuming = loaded is not None and not weights_only
     if resuming and loaded is not None and checkpoint is not None:
         check_resume(config, loaded, tokenizer, checkpoint)
+        warnings += changed_masks(config, loaded, checkpoint)
     state = loaded if resuming and loaded is not None else TrainState()
     assert config.training.global_batch_size is not None
     phases = parse_phases(config.data.data_phases, config.training.seq_length, config.training.global_batch_size)
