@@ -48,7 +48,7 @@ def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[Se
     """Return the files that a data path names, in its order.
 
     Values are read as pairs of weight and prefix if one of them is a number, as Megatron-LM does. Raises ValueError for
-    a mixture, a weight that is not positive, a choice that cannot be made, or a prefix that is listed twice.
+    a mixture, a weight below 0, a choice that cannot be made, or a prefix that is listed twice.
     """
     numbers = [_number(value) for value in values]
     pairs = len(values) > 1 and any(number is not None for number in numbers)
@@ -58,7 +58,7 @@ def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[Se
     selected = []
     for entry, (weight, value) in enumerate(zip(weights, values[1::2] if pairs else values, strict=True)):
         if weight is not None and not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"{flag}: the weight {weight:g} of {value} is not a positive number")
+            raise ValueError(f"{flag}: the weight {weight:g} of {value} must be a number of 0 or more")
         path, limit = _split_limit(value.strip(), flag)
         selected += [Selected(prefix, weight, entry, limit) for prefix in expand_pattern(path, flag)]
     for prefix, count in Counter(file.prefix for file in selected).items():

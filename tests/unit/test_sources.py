@@ -55,7 +55,7 @@ def test_data_path_is_read_as_megatron_core_reads_it(values: list[str]) -> None:
         (["1", "a", "b", "c"], "prefixes only, or a weight before each"),
         (["1", "a", "b"], "prefixes only, or a weight before each"),
         (["a", "1"], "prefixes only, or a weight before each"),
-        (["-1", "a"], "weight -1 of a is not a positive number"),
+        (["-1", "a"], "weight -1 of a must be a number of 0 or more"),
         (["nan", "a", "1", "b"], "weight nan of a"),
         (["1", "a", "2", "a"], "lists a 2 times"),
     ],
