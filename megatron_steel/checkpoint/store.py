@@ -122,6 +122,7 @@ def save(
         model.gather_parameters()
         sharded = model_state(model)
         if optimizer is not None:
+            allocate_moments(optimizer)
             sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=OPTIMIZER_LAYOUT)
         write_sharded(sharded, temporary)
 
@@ -162,7 +163,11 @@ def load_weights(checkpoint: Path, model: Model) -> None:
 
 
 def allocate_moments(optimizer: ChainedOptimizer) -> None:
-    """Give a fresh torch AdamW its state: megatron-core's sharded optimizer reads a step count from it when loading."""
+    """Give a torch AdamW that has not stepped its state.
+
+    megatron-core's sharded optimizer reads a step count from it when loading; and when all steps before a save were
+    skipped, a checkpoint without moments would not load.
+    """
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
         if not isinstance(inner, torch.optim.Adam):
@@ -171,6 +176,15 @@ def allocate_moments(optimizer: ChainedOptimizer) -> None:
             if not inner.state[parameter]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def add_first_step(optimizer: ChainedOptimizer, loaded: dict[Any, Any]) -> None:
+    """Put a step count of 0, which megatron-core does not save, into the loaded state of a torch AdamW."""
+    for index, part in enumerate(optimizer.chained_optimizers):
+        saved = loaded if len(optimizer.chained_optimizers) == 1 else loaded[index]
+        states = saved.get("optimizer", saved).get("state")
+        if states and isinstance(part.optimizer, torch.optim.Adam):
+            states.setdefault("common_step", torch.tensor(0.0))
 
 
 def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, state: TrainState, world: World) -> None:
@@ -183,6 +197,7 @@ def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, s
     sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=OPTIMIZER_LAYOUT)
     loaded = dist_checkpointing.load(sharded, str(checkpoint))
     assign(model, loaded)
+    add_first_step(optimizer, loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
     if state.world_size == world.size:
         runtime.set_rng_state(load_file(checkpoint / rng_file(world.rank)))

@@ -88,8 +88,8 @@ def different_tensors(checkpoint: Path, folder: Path) -> list[str]:
 def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None) -> tuple[Model, Config]:
     """The model of a checkpoint on the layout of ``world``, in evaluation mode, with its options.
 
-    ``bf16`` overrides the precision it was trained in. The layer backend is this machine's best, whatever wrote the
-    checkpoint. Raises ``ValueError`` when the model cannot be split like that.
+    ``bf16`` overrides the precision it was trained in (fp32 when False). The layer backend is this machine's best, whatever
+    wrote the checkpoint. Raises ``ValueError`` when the model cannot be split like that.
     """
     state = read_state(checkpoint)
     config = from_flat(state.config)
@@ -98,7 +98,8 @@ def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None)
     )
     check_heads(config)
     check_layers(config)
-    config.training.bf16 = config.training.bf16 if bf16 is None else bf16
+    if bf16 is not None:
+        config.training.bf16, config.training.fp16 = bf16, False
     model = build_model(config, state.vocab_size, world, training=False)
     load_weights(checkpoint, model)
     for chunk in model.chunks:

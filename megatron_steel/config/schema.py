@@ -107,6 +107,18 @@ class TrainingConfig:
     """Save and stop after this many minutes."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main weights and gradients; fp32 otherwise."""
+    fp16: bool = False
+    """Compute in float16 with fp32 main weights and gradients; the loss is multiplied by a scale that moves."""
+    loss_scale: float | None = None
+    """A loss scale of fp16 that never changes, instead of one that follows overflows."""
+    initial_loss_scale: float = 2.0**32
+    """First loss scale of fp16."""
+    min_loss_scale: float = 1.0
+    """Lowest loss scale of fp16."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which the loss scale doubles."""
+    hysteresis: int = 2
+    """Overflows, counted from the last doubling, before each further one halves the loss scale."""
     allow_non_causal_softmoe: bool = False
     """Train softmoe_v2 or softmoe_v3 although their loss is measured on tokens the model has seen."""
 

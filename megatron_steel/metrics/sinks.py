@@ -115,6 +115,7 @@ class ConsoleSink:
         ("global_batch_size", lambda v: f"global batch size: {v:5d}"),
         ("loss", lambda v: f"lm loss: {v:.6E}"),
         ("loss_by_source", lambda v: " | ".join(f"lm loss {name}: {loss:.6E}" for name, loss in v.items())),
+        ("loss_scale", lambda v: f"loss scale: {v:.1f}"),
         ("grad_norm", lambda v: f"grad norm: {v:.3f}"),
         ("skipped_iterations", lambda v: f"number of skipped iterations: {v:3.0f}"),
         ("nan_iterations", lambda v: f"number of nan iterations: {v:3.0f}"),

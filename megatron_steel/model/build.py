@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
+from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.rope import longest_sequence
 from megatron_steel.config.schema import Config
 from megatron_steel.model.backends import build_provider, choose_backend
@@ -173,7 +174,7 @@ def build_model(config: Config, vocab_size: int, world: World, training: bool = 
     modules: list[MegatronModule] = [
         build_chunk(config, options, backend, vocab_size, world, stage).to(world.device) for stage in stages
     ]
-    if config.training.bf16:
+    if compute_type(config.training) != "float32":
         modules = [Float16Module(options, module) for module in modules]
     if training:
         modules = wrap_data_parallel(config, options, modules, world)

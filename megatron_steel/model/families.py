@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megatron_steel.config.check import virtual_chunks
+from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.family import group_count, head_width
 from megatron_steel.config.model_schema import Activation
 from megatron_steel.config.schema import Config, ModelConfig
@@ -59,7 +60,7 @@ def attention_options(size: ModelConfig) -> dict[str, Any]:
 def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's configuration for a checked :class:`Config`."""
     size, parallel, training = config.size, config.parallel, config.training
-    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    dtype = getattr(torch, compute_type(training))
     chunks = virtual_chunks(config)
     on_gpu = device.device().type != "cpu"
     kind = MLATransformerConfig if size.multi_latent_attention else TransformerConfig
@@ -86,6 +87,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=training.bf16,
+        fp16=training.fp16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks,

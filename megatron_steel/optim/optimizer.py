@@ -11,8 +11,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.schema import Config
 from megatron_steel.model.build import Model
+from megatron_steel.optim.loss_scale import add_loss_scale, move_scale
 from megatron_steel.runtime import device
 
 NO_DECAY = "without_weight_decay"
@@ -41,7 +43,8 @@ def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
         adam_eps=options.adam_eps,
         clip_grad=options.clip_grad,
         bf16=config.training.bf16,
-        params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        fp16=config.training.fp16,
+        params_dtype=getattr(torch, compute_type(config.training)),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
@@ -49,6 +52,8 @@ def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
         settings, model.chunks, config_overrides={ParamKey(attr=NO_DECAY): {"wd_mult": 0.0}}
     )
     assert isinstance(optimizer, ChainedOptimizer)
+    if config.training.fp16:
+        add_loss_scale(config.training, optimizer, model)
     return optimizer
 
 
@@ -96,12 +101,13 @@ def update(optimizer: ChainedOptimizer, clip_grad: float) -> tuple[float, bool]:
     """Clip the reduced gradients and step: (global gradient norm before clipping, whether the weights moved).
 
     The norm is taken over all ranks, so every rank sees the same value and a norm that is not finite is skipped by
-    all of them alike.
+    all of them alike. What a part of the optimizer finds by itself in fp16 is not asked: other ranks may find nothing.
     """
-    if optimizer.prepare_grads():
-        return math.inf, False
+    optimizer.prepare_grads()
     grad_norm = gradient_norm(optimizer)
-    if not math.isfinite(grad_norm):
+    finite = math.isfinite(grad_norm)
+    move_scale(optimizer, overflow=not finite)
+    if not finite:
         return grad_norm, False
     if clip_grad > 0.0:
         for part in optimizer.chained_optimizers:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_steel.config.check import data_parallel_size, virtual_chunks
+from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.families.steel import expert_width, is_soft
 from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import Config, ModelConfig
@@ -138,7 +139,7 @@ def layer_activation_bytes(config: Config, tokens: int) -> int:
     per dropout mask element.
     """
     model, tensor = config.size, config.parallel.tensor_model_parallel_size
-    element = 2 if config.training.bf16 else 4
+    element = 4 if compute_type(config.training) == "float32" else 2
     heads, latents = attention_activations(model)
     dense = (*feed_forward_elements(model), 0)
     kept = (expert_elements(model) if has_experts(model, layer) else dense for layer in range(model.num_layers))
@@ -170,15 +171,15 @@ def stage_memory(
     """Bytes on one rank of a pipeline stage, for ``micro_batches`` per step of ``micro_batch_size`` samples each."""
     model, training, parallel = config.size, config.training, config.parallel
     tensor, last = parallel.tensor_model_parallel_size, stage == parallel.pipeline_model_parallel_size - 1
-    element = 2 if training.bf16 else 4
+    element = 4 if compute_type(training) == "float32" else 2
     parameters = stage_parameters(config, padded_vocab_size, stage)
-    # Two fp32 moments, and an fp32 copy of bf16 weights.
-    state = parameters * (12 if training.bf16 else 8)
+    # Two fp32 moments, and an fp32 copy of 16-bit weights.
+    state = parameters * (12 if element == 2 else 8)
     tokens = training.seq_length * micro_batch_size
     # Input and output of the last norm.
     final_norm = 2 * tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)
     # The loss reuses fp32 logits for the softmax and its gradient; bf16 logits live beside their fp32 copy.
-    logits = tokens * padded_vocab_size // tensor * (6 if training.bf16 else 4)
+    logits = tokens * padded_vocab_size // tensor * (6 if element == 2 else 4)
     layers = layers_in_flight(config, micro_batches, stage)
     return RankMemory(
         weights=parameters * element,

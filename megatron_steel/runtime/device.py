@@ -121,7 +121,8 @@ def set_rng_state(state: torch.Tensor) -> None:
 
 def peak_flops(dtype: torch.dtype) -> tuple[float, str]:
     """Highest dense FLOP/s of one device for ``dtype``, and how it is known: ``data sheet`` or ``measured``."""
-    if dtype == torch.bfloat16 and has_gpu():
+    # fp16 runs at the rate of bf16.
+    if dtype in (torch.bfloat16, torch.float16) and has_gpu():
         name = device_name()
         for part, peak in BF16_PEAKS:
             if part in name:

@@ -85,6 +85,8 @@ def take_step(session: Session) -> None:
     session.loss_sums += result.loss_sums
     session.token_sums += result.loss_sums[:, 1]
     session.recorder.record("grad_norm", result.grad_norm, "last")
+    if result.loss_scale is not None:
+        session.recorder.record("loss_scale", result.loss_scale, "last")
     if config.size.num_experts is not None:
         layers = sum(has_experts(config.size, layer) for layer in range(config.size.num_layers))
         balance = take_balance(session.model.chunks, session.world.device)

@@ -11,6 +11,7 @@ from megatron_steel.checkpoint.converted import tokenizer_facts
 from megatron_steel.checkpoint.files import find_checkpoint, problem_with, published
 from megatron_steel.checkpoint.state import TrainState, read_state
 from megatron_steel.config.check import check
+from megatron_steel.config.check_precision import check_same_precision
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.data.identity import Known
@@ -167,6 +168,7 @@ def check_resume(config: Config, state: TrainState, tokenizer: Tokenizer, origin
     if saved != config.parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if saved else "--no-use-distributed-optimizer"
         raise ValueError(f"{origin} was saved with {flag}; resume with it (on any number of ranks)")
+    check_same_precision(state.config, config, str(origin))
     if not config.optimizer.override_opt_param_scheduler:
         check_same_schedule(state.schedule, schedule_identity(config.optimizer, config.training.train_iters))
 

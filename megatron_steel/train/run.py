@@ -11,6 +11,7 @@ import torch
 from megatron_steel.checkpoint import store
 from megatron_steel.checkpoint.hf import TOKENIZER_FOLDER
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
+from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.load import expand_model, to_flat
 from megatron_steel.config.schema import Config
 from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader, ValidLoader
@@ -89,7 +90,7 @@ def build_throughput(config: Config, world: World, vocab_size: int, iteration: i
     """The stopwatch of this run; measures a matrix product where no data sheet gives the device's peak."""
     training, size = config.training, config.size
     padded = padded_vocab_size(vocab_size, size.make_vocab_size_divisible_by, world.tensor_size)
-    peak, _ = device.peak_flops(torch.bfloat16 if training.bf16 else torch.float32)
+    peak, _ = device.peak_flops(getattr(torch, compute_type(training)))
     assert training.global_batch_size is not None
     return Throughput(
         flops_per_token=flops_per_token(size, training.seq_length, padded),

@@ -13,6 +13,7 @@ from megatron_steel.data.loader import Batch
 from megatron_steel.model.build import Model
 from megatron_steel.model.moe import prepare_balance
 from megatron_steel.objective.language import run_micro_batches, sum_over_ranks
+from megatron_steel.optim.loss_scale import loss_scale
 from megatron_steel.optim.optimizer import set_rates, update
 from megatron_steel.runtime.world import World
 
@@ -27,6 +28,8 @@ class StepResult:
     """Global gradient norm before clipping."""
     updated: bool
     """False when the gradient was not finite and the weights were left alone."""
+    loss_scale: float | None
+    """What the loss is multiplied by from here on; None in other precisions than fp16."""
 
 
 def sum_losses(world: World, outputs: Sequence[dict[str, Tensor]], batches: Sequence[Batch], sources: int) -> Tensor:
@@ -65,4 +68,4 @@ def train_step(
     set_rates(optimizer, lr, weight_decay)
     grad_norm, updated = update(optimizer, clip_grad)
     loss_sums = sum_losses(world, outputs, batches, sources)
-    return StepResult(loss_sums=loss_sums, grad_norm=grad_norm, updated=updated)
+    return StepResult(loss_sums=loss_sums, grad_norm=grad_norm, updated=updated, loss_scale=loss_scale(optimizer))

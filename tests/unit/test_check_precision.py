@@ -1,0 +1,74 @@
+"""Rules about precision, and the bytes that follow from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_steel.config.check import check
+from megatron_steel.config.check_precision import check_same_precision, compute_type
+from megatron_steel.config.load import from_flat
+from megatron_steel.config.schema import Config
+from megatron_steel.plan.estimate import memory_per_rank
+
+
+def build(**values: Any) -> Config:
+    return from_flat({"model": None, **values})
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"fp16": True, "bf16": True}, "give --bf16 or --fp16, not both"),
+    ({"fp16": True, "loss_scale": 0.0}, "--loss-scale must be greater than 0, not 0"),
+    ({"fp16": True, "initial_loss_scale": -1.0}, "--initial-loss-scale must be greater than 0"),
+    ({"fp16": True, "min_loss_scale": 0.0}, "--min-loss-scale must be greater than 0"),
+    ({"fp16": True, "loss_scale_window": 0}, "--loss-scale-window must be greater than 0"),
+    ({"fp16": True, "hysteresis": 0}, "--hysteresis must be greater than 0"),
+    ({"fp16": True, "min_loss_scale": 8.0, "initial_loss_scale": 4.0}, "--min-loss-scale 8 is above"),
+    ({"bf16": True, "loss_scale": 2.0}, "--loss-scale needs --fp16"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_refusals_name_the_option(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        check(build(**values))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_options_of_a_scale_that_is_not_there() -> None:
+    assert check(build(hysteresis=4)) == ["--hysteresis has no effect without --fp16"]
+    notes = check(build(fp16=True, loss_scale=8.0, loss_scale_window=5))
+    assert notes == ["--loss-scale-window has no effect with --loss-scale, which never changes"]
+    assert check(build(fp16=True, hysteresis=4, initial_loss_scale=2.0)) == []
+
+
+def test_compute_type() -> None:
+    types = [compute_type(build(**values).training) for values in ({}, {"bf16": True}, {"fp16": True})]
+    assert types == ["float32", "bfloat16", "float16"]
+
+
+def test_fp16_needs_the_memory_of_bf16() -> None:
+    half, brain, full = (
+        build(vocab_size=1000, fp16=fp16, bf16=bf16) for fp16, bf16 in ((True, False), (False, True), (False, False))
+    )
+    sizes = [memory_per_rank(config, 1024, 1) for config in (half, brain, full)]
+    assert sizes[0] == sizes[1] and sizes[0].weights * 2 == sizes[2].weights
+    assert sizes[0].optimizer * 2 == sizes[2].optimizer * 3
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_resuming_in_another_precision(sharded: bool) -> None:
+    """Sharded state fits every precision, the other one only those with fp32 weights beside the model's."""
+    full, half, brain = (
+        build(use_distributed_optimizer=sharded, **{name: True}) for name in ("sequence_parallel", "fp16", "bf16")
+    )
+    check_same_precision({"fp16": True}, brain, "x")
+    check_same_precision({"bf16": True}, half, "x")
+    check_same_precision({}, full, "x")
+    for saved, config in (({}, half), ({"bf16": True}, full), ({"bf16": False, "fp16": False}, brain)):
+        if sharded:
+            check_same_precision(saved, config, "x")
+        else:
+            with pytest.raises(ValueError, match="^x was saved with .*resume with the same precision"):
+                check_same_precision(saved, config, "x")
