@@ -88,8 +88,8 @@ def different_tensors(checkpoint: Path, folder: Path) -> list[str]:
 def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None) -> tuple[Model, Config]:
     """The model of a checkpoint on the layout of ``world``, in evaluation mode, with its options.
 
-    ``bf16`` overrides the precision it was trained in (fp32 when False). The layer backend is this machine's best, whatever
-    wrote the checkpoint. Raises ``ValueError`` when the model cannot be split like that.
+    ``bf16`` overrides the precision it was trained in (fp32 when False). The layer backend is this machine's
+    best, whatever wrote the checkpoint. Raises ``ValueError`` when the model cannot be split like that.
     """
     state = read_state(checkpoint)
     config = from_flat(state.config)

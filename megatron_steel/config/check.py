@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron_steel.config.check_experts import check_experts
 from megatron_steel.config.check_latent import check_latent
-from megatron_steel.config.check_precision import check_precision, precision_without_effect
+from megatron_steel.config.check_precision import check_precision, precision_notes
 from megatron_steel.config.check_rope import check_rope, rope_without_effect
 from megatron_steel.config.check_soft_mixture import check_soft_mixture
 from megatron_steel.config.families import FAMILIES
@@ -304,7 +304,7 @@ def settings_without_effect(config: Config, world_size: int) -> list[str]:
             notes.append(f"--{name.replace('_', '-')} has no effect without --wandb-project")
     if config.training.allow_non_causal_softmoe and config.size.ffn_type not in ("softmoe_v2", "softmoe_v3"):
         notes.append("--allow-non-causal-softmoe has no effect without --ffn-type softmoe_v2 or softmoe_v3")
-    notes += rope_without_effect(config.size) + precision_without_effect(config)
+    notes += rope_without_effect(config.size) + precision_notes(config)
     if config.size.full_attention_layers and config.size.window_size is None:
         notes.append("--full-attention-layers has no effect without --window-size")
     if parallel.num_layers_per_virtual_pipeline_stage and virtual_chunks(config) is None:

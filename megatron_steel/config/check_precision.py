@@ -24,6 +24,13 @@ def check_precision(config: Config) -> None:
     training = config.training
     if training.fp16 and training.bf16:
         raise ValueError("give --bf16 or --fp16, not both")
+    if training.pure_bf16 and not training.bf16:
+        raise ValueError("--pure-bf16 needs --bf16")
+    if training.pure_bf16 and config.parallel.use_distributed_optimizer:
+        raise ValueError(
+            "--pure-bf16 does not go with --use-distributed-optimizer, which shards fp32 weights and moments; on 8 or "
+            "more replicas --use-distributed-optimizer alone takes less memory, and loses nothing"
+        )
     for name in SCALE_OPTIONS:
         value = getattr(training, name)
         if value is not None and not value > 0:
@@ -37,29 +44,35 @@ def check_precision(config: Config) -> None:
         raise ValueError("--loss-scale needs --fp16; bf16 and fp32 hold small gradients without one")
 
 
-def precision_without_effect(config: Config) -> list[str]:
-    """One line for each option of the loss scale that was changed and changes nothing."""
+def precision_notes(config: Config) -> list[str]:
+    """A warning about what pure bf16 loses, and one line for each option of the loss scale that changes nothing."""
     training = config.training
-    reason = "without --fp16" if not training.fp16 else "with --loss-scale, which never changes"
+    notes = []
+    if training.pure_bf16:
+        notes.append("--pure-bf16: updates below 1/256 of a weight are lost; the loss falls more slowly, then no more")
     if training.fp16 and training.loss_scale is None:
-        return []
+        return notes
+    reason = "with --loss-scale, which never changes" if training.fp16 else "without --fp16"
     defaults = {item.name: item.default for item in dataclasses.fields(TrainingConfig)}
-    return [
-        f"--{name.replace('_', '-')} has no effect {reason}"
-        for name in DYNAMIC
-        if getattr(training, name) != defaults[name]
-    ]
+    changed = (name for name in DYNAMIC if getattr(training, name) != defaults[name])
+    return notes + [f"--{name.replace('_', '-')} has no effect {reason}" for name in changed]
+
+
+def state_kind(options: dict[str, Any]) -> str:
+    """What an unsharded optimizer keeps, by the flags that decide it: fp32 weights of its own, or only moments."""
+    if options.get("pure_bf16"):
+        return "--bf16 --pure-bf16"
+    return "--bf16 or --fp16" if options.get("bf16") or options.get("fp16") else "no --bf16 or --fp16"
 
 
 def check_same_precision(saved: dict[str, Any], config: Config, origin: str) -> None:
     """Whether this run can take the optimizer state of a checkpoint; ``saved`` are the flat options it was saved with.
 
-    Sharded state holds fp32 weights in every precision; else only a 16-bit run has them beside the model's.
+    Sharded state holds fp32 weights in every precision.
     """
-    before, now = saved.get("bf16") or saved.get("fp16"), config.training.bf16 or config.training.fp16
-    if bool(before) != now and not config.parallel.use_distributed_optimizer:
-        was = "--fp16" if saved.get("fp16") else "--bf16" if saved.get("bf16") else "no --bf16 or --fp16"
+    before = state_kind(saved)
+    if before != state_kind(dataclasses.asdict(config.training)) and not config.parallel.use_distributed_optimizer:
         raise ValueError(
-            f"{origin} was saved with {was}, its optimizer state is of another kind; resume with the same precision, "
+            f"{origin} was saved with {before}, its optimizer state is of another kind; resume with the same, "
             f"or pass --finetune to start from the weights"
         )

@@ -100,7 +100,7 @@ KNOWN_FLAGS: dict[str, str] = {
     "decoupled-lr": NOT_YET,
     "decoupled-min-lr": NOT_YET,
     "lr-warmup-init": "warm-up starts from 0; remove the flag",
-    "use-precision-aware-optimizer": NOT_YET,
+    "use-precision-aware-optimizer": "--use-distributed-optimizer shards fp32 state; --pure-bf16 keeps it in bf16",
     "fp8-recipe": NOT_YET,
     "fp8-margin": NOT_YET,
     "fp8-amax-history-len": NOT_YET,

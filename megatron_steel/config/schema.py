@@ -107,6 +107,8 @@ class TrainingConfig:
     """Save and stop after this many minutes."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main weights and gradients; fp32 otherwise."""
+    pure_bf16: bool = False
+    """With bf16, keep no fp32 copy: weights, gradients and both moments in bfloat16, which loses small updates."""
     fp16: bool = False
     """Compute in float16 with fp32 main weights and gradients; the loss is multiplied by a scale that moves."""
     loss_scale: float | None = None

@@ -131,11 +131,11 @@ def build_chunk(
 def wrap_data_parallel(
     config: Config, options: TransformerConfig, modules: list[MegatronModule], world: World
 ) -> list[MegatronModule]:
-    """megatron-core's data parallelism: gradients in one flat fp32 buffer, summed over the replicas."""
+    """megatron-core's data parallelism: gradients in one flat buffer (fp32 but in pure bf16), summed over replicas."""
     parallel = config.parallel
     bucket = max(BUCKET_PARAMETERS, BUCKET_PARAMETERS_PER_RANK * world.data_size)
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not config.training.pure_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.schema import Config
+from megatron_steel.config.schema import OptimizerConfig as OptimizerOptions
 from megatron_steel.model.build import Model
 from megatron_steel.optim.loss_scale import add_loss_scale, move_scale
 from megatron_steel.runtime import device
 
 NO_DECAY = "without_weight_decay"
 NORM_ROW = 4096
+# Added to the norm that gradients are divided by; Megatron-LM's, so that curves can be laid over each other.
+NORM_EPSILON = 1e-6
 
 
 def mark_parameters(model: Model, decay_embeddings: bool) -> None:
@@ -42,7 +43,8 @@ def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
         adam_beta2=options.adam_beta2,
         adam_eps=options.adam_eps,
         clip_grad=options.clip_grad,
-        bf16=config.training.bf16,
+        # Without fp32 weights of its own megatron-core's optimizer is the one for fp32, whatever type the model has.
+        bf16=config.training.bf16 and not config.training.pure_bf16,
         fp16=config.training.fp16,
         params_dtype=getattr(torch, compute_type(config.training)),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -54,7 +56,17 @@ def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
     assert isinstance(optimizer, ChainedOptimizer)
     if config.training.fp16:
         add_loss_scale(config.training, optimizer, model)
+    if config.training.pure_bf16:
+        keep_moments_narrow(optimizer, options)
     return optimizer
+
+
+def keep_moments_narrow(optimizer: ChainedOptimizer, options: OptimizerOptions) -> None:
+    """Moments in the type of the weights, which torch's AdamW keeps and Transformer Engine's does not."""
+    betas = (options.adam_beta1, options.adam_beta2)
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            part.optimizer = torch.optim.AdamW(part.optimizer.param_groups, options.lr, betas, options.adam_eps)
 
 
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
@@ -78,9 +90,10 @@ def square_sum(values: Tensor) -> Tensor:
     """
     flat = values.flatten()
     whole = flat.numel() // NORM_ROW * NORM_ROW
-    total = torch.linalg.vector_norm(flat[whole:]).double().square()
+    total = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).double().square()
     if whole:
-        total += torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1).double().square().sum()
+        rows = flat[:whole].view(-1, NORM_ROW)
+        total += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum()
     return total
 
 
@@ -109,9 +122,7 @@ def update(optimizer: ChainedOptimizer, clip_grad: float) -> tuple[float, bool]:
     move_scale(optimizer, overflow=not finite)
     if not finite:
         return grad_norm, False
-    if clip_grad > 0.0:
-        for part in optimizer.chained_optimizers:
-            parameters: list[Any] = part.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+    if 0.0 < clip_grad < grad_norm + NORM_EPSILON:
+        grads = [p.grad for part in optimizer.chained_optimizers for p in part.get_parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, clip_grad / (grad_norm + NORM_EPSILON))
     return grad_norm, bool(optimizer.step_with_ready_grads())

@@ -173,8 +173,8 @@ def stage_memory(
     tensor, last = parallel.tensor_model_parallel_size, stage == parallel.pipeline_model_parallel_size - 1
     element = 4 if compute_type(training) == "float32" else 2
     parameters = stage_parameters(config, padded_vocab_size, stage)
-    # Two fp32 moments, and an fp32 copy of 16-bit weights.
-    state = parameters * (12 if element == 2 else 8)
+    # Two fp32 moments, and an fp32 copy of 16-bit weights; or two moments of the weights' type alone.
+    state = parameters * (4 if training.pure_bf16 else 12 if element == 2 else 8)
     tokens = training.seq_length * micro_batch_size
     # Input and output of the last norm.
     final_norm = 2 * tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)
@@ -183,7 +183,7 @@ def stage_memory(
     layers = layers_in_flight(config, micro_batches, stage)
     return RankMemory(
         weights=parameters * element,
-        gradients=parameters * 4,
+        gradients=parameters * (2 if training.pure_bf16 else 4),
         optimizer=-(-state // replicas) if parallel.use_distributed_optimizer else state,
         activations=layers * layer_activation_bytes(config, tokens) + final_norm * int(last),
         logits=logits if last else 0,

@@ -26,6 +26,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"fp16": True, "hysteresis": 0}, "--hysteresis must be greater than 0"),
     ({"fp16": True, "min_loss_scale": 8.0, "initial_loss_scale": 4.0}, "--min-loss-scale 8 is above"),
     ({"bf16": True, "loss_scale": 2.0}, "--loss-scale needs --fp16"),
+    ({"pure_bf16": True}, "--pure-bf16 needs --bf16"),
+    ({"bf16": True, "pure_bf16": True, "use_distributed_optimizer": True}, "--pure-bf16 does not go with"),
 ]
 
 
@@ -57,6 +59,16 @@ def test_fp16_needs_the_memory_of_bf16() -> None:
     assert sizes[0].optimizer * 2 == sizes[2].optimizer * 3
 
 
+def test_pure_bf16_takes_8_bytes_of_18_and_says_what_it_loses() -> None:
+    config = build(vocab_size=1000, bf16=True, pure_bf16=True)
+    (note,) = check(config)
+    assert note.startswith("--pure-bf16: updates below 1/256 of a weight are lost")
+    pure, usual = memory_per_rank(config, 1024, 1), memory_per_rank(build(vocab_size=1000, bf16=True), 1024, 1)
+    each = [(memory.weights, memory.gradients, memory.optimizer) for memory in (pure, usual)]
+    parameters = pure.weights // 2
+    assert each == [tuple(n * parameters for n in sizes) for sizes in ((2, 2, 4), (2, 4, 12))]
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_resuming_in_another_precision(sharded: bool) -> None:
     """Sharded state fits every precision, the other one only those with fp32 weights beside the model's."""
@@ -66,9 +78,13 @@ def test_resuming_in_another_precision(sharded: bool) -> None:
     check_same_precision({"fp16": True}, brain, "x")
     check_same_precision({"bf16": True}, half, "x")
     check_same_precision({}, full, "x")
+    pure = build(bf16=True, pure_bf16=True)
+    for saved in ({"bf16": True}, {}):
+        with pytest.raises(ValueError, match="its optimizer state is of another kind"):
+            check_same_precision(saved, pure, "x")
     for saved, config in (({}, half), ({"bf16": True}, full), ({"bf16": False, "fp16": False}, brain)):
         if sharded:
             check_same_precision(saved, config, "x")
         else:
-            with pytest.raises(ValueError, match="^x was saved with .*resume with the same precision"):
+            with pytest.raises(ValueError, match="^x was saved with .*resume with the same"):
                 check_same_precision(saved, config, "x")

@@ -20,6 +20,7 @@ MEGATRON_LM = Path(__file__).with_name("megatron_lm_flags.txt")
 # Not Megatron-LM's; everything else has the name a Megatron-LM user knows.
 OUR_OWN = {
     "allow-non-causal-softmoe",
+    "pure-bf16",
     "model",
     "model-family",
     "decay-embeddings",
