@@ -42,8 +42,8 @@ def chunk_names(model: Model) -> list[str]:
 def model_state(model: Model) -> dict[str, Any]:
     """The sharded state of every chunk this rank holds, under megatron-core's names.
 
-    Layers' extra state (scaling factors of FP8, pickled bytes) is left out: no precision here has any, and without it
-    checkpoints of all backends are the same and hold nothing that has to be unpickled.
+    Layers' extra state (histories of FP8's delayed scaling, pickled bytes) is left out: no recipe here keeps any, and
+    without it checkpoints of all backends are the same and hold nothing that has to be unpickled.
     """
     state: dict[str, Any] = {}
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):

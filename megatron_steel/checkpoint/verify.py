@@ -88,7 +88,8 @@ def different_tensors(checkpoint: Path, folder: Path) -> list[str]:
 def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None) -> tuple[Model, Config]:
     """The model of a checkpoint on the layout of ``world``, in evaluation mode, with its options.
 
-    ``bf16`` overrides the precision it was trained in (fp32 when False). The layer backend is this machine's
+    ``bf16`` overrides the precision it was trained in (fp32 when False); FP8, which takes only some numbers of tokens,
+    becomes bf16. The layer backend is this machine's
     best, whatever wrote the checkpoint. Raises ``ValueError`` when the model cannot be split like that.
     """
     state = read_state(checkpoint)
@@ -98,6 +99,7 @@ def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None)
     )
     check_heads(config)
     check_layers(config)
+    config.training.fp8_format = None
     if bf16 is not None:
         config.training.bf16, config.training.fp16 = bf16, False
     model = build_model(config, state.vocab_size, world, training=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from megatron_steel.config.family import group_count, head_width
 from megatron_steel.config.schema import Config, TrainingConfig
 
 SCALE_OPTIONS = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
@@ -31,6 +32,7 @@ def check_precision(config: Config) -> None:
             "--pure-bf16 does not go with --use-distributed-optimizer, which shards fp32 weights and moments; on 8 or "
             "more replicas --use-distributed-optimizer alone takes less memory, and loses nothing"
         )
+    check_fp8(config)
     for name in SCALE_OPTIONS:
         value = getattr(training, name)
         if value is not None and not value > 0:
@@ -44,12 +46,40 @@ def check_precision(config: Config) -> None:
         raise ValueError("--loss-scale needs --fp16; bf16 and fp32 hold small gradients without one")
 
 
+def check_fp8(config: Config) -> None:
+    """FP8 products come on top of bf16, and their sizes are multiples of 16, of 32 in mxfp8."""
+    training, size, tensor = config.training, config.size, config.parallel.tensor_model_parallel_size
+    if training.fp8_format is None:
+        return
+    if not training.bf16:
+        raise ValueError("--fp8-format needs --bf16, in which everything but matrix products computes")
+    if config.parallel.transformer_impl in ("torch", "local"):
+        raise ValueError(
+            f"--fp8-format needs Transformer Engine, --transformer-impl {config.parallel.transformer_impl} has no FP8; "
+            f"use --transformer-impl transformer_engine"
+        )
+    unit = 32 if training.fp8_recipe == "mxfp8" else 16
+    tokens = training.micro_batch_size * training.seq_length
+    width = head_width(size)
+    for what, number in (
+        ("--hidden-size", size.hidden_size),
+        ("--ffn-hidden-size / --tensor-model-parallel-size", size.ffn_hidden_size // tensor),
+        ("heads x width / --tensor-model-parallel-size", size.num_attention_heads * width // tensor),
+        ("key heads x width / --tensor-model-parallel-size", group_count(size) * width // tensor),
+        ("--micro-batch-size x --seq-length", tokens // (tensor if config.parallel.sequence_parallel else 1)),
+    ):
+        if number % unit:
+            raise ValueError(f"--fp8-recipe {training.fp8_recipe}: {what} must be divisible by {unit}, not {number}")
+
+
 def precision_notes(config: Config) -> list[str]:
     """A warning about what pure bf16 loses, and one line for each option of the loss scale that changes nothing."""
     training = config.training
     notes = []
     if training.pure_bf16:
         notes.append("--pure-bf16: updates below 1/256 of a weight are lost; the loss falls more slowly, then no more")
+    if training.fp8_format is None and training.fp8_recipe != "tensorwise":
+        notes.append("--fp8-recipe has no effect without --fp8-format")
     if training.fp16 and training.loss_scale is None:
         return notes
     reason = "with --loss-scale, which never changes" if training.fp16 else "without --fp16"

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_steel.config import hf_sizes
 from megatron_steel.config.megatron_flags import KNOWN_FLAGS
@@ -71,7 +71,8 @@ def apply(config: Config, values: dict[str, Any], origin: str) -> None:
 def coerce(group: Any, name: str, value: Any, origin: str) -> Any:
     """Turn a YAML value into the field's kind, or raise ``ValueError`` naming the key."""
     kind = get_type_hints(type(group))[name]
-    if isinstance(kind, UnionType):
+    # A literal or None is typing's own kind of union.
+    if get_origin(kind) in (Union, UnionType):
         if value is None:
             return None
         kind = get_args(kind)[0]

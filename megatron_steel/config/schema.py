@@ -14,6 +14,8 @@ from megatron_steel.config.model_schema import ModelConfig
 TransformerImpl = Literal["auto", "transformer_engine", "torch", "local"]
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+Fp8Format = Literal["e4m3", "hybrid"]
+Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
 DataFingerprint = Literal["fast", "full"]
 SequenceMode = Literal["concat", "split", "truncate", "sample"]
 WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
@@ -107,6 +109,10 @@ class TrainingConfig:
     """Save and stop after this many minutes."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main weights and gradients; fp32 otherwise."""
+    fp8_format: Fp8Format | None = None
+    """With bf16 and Transformer Engine, layers multiply in FP8: e4m3 everywhere, or e5m2 for gradients (hybrid)."""
+    fp8_recipe: Fp8Recipe = "tensorwise"
+    """What has a scaling factor of its own in FP8: a tensor, blocks of 128 (Hopper) or of 32 (mxfp8, Blackwell)."""
     pure_bf16: bool = False
     """With bf16, keep no fp32 copy: weights, gradients and both moments in bfloat16, which loses small updates."""
     fp16: bool = False

@@ -101,6 +101,12 @@ def choose_backend(name: str, size: ModelConfig) -> tuple[str, str]:
     return "torch", "no GPU" if not gpu else "Transformer Engine is not installed"
 
 
+def check_fp8(fp8_format: str | None, backend: str, reason: str) -> None:
+    """``ValueError`` when FP8 is asked for and a run takes another backend than Transformer Engine's."""
+    if fp8_format is not None and backend != "transformer_engine":
+        raise ValueError(f"--fp8-format needs Transformer Engine, this run takes {backend} layers: {reason}")
+
+
 def build_provider(name: str, size: ModelConfig) -> BackendSpecProvider:
     """The spec provider of a resolved backend name for a model."""
     if name == "transformer_engine":

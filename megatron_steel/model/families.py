@@ -88,6 +88,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=training.bf16,
         fp16=training.fp16,
+        fp8=training.fp8_format,
+        fp8_recipe=training.fp8_recipe,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks,

@@ -20,7 +20,7 @@ from megatron_steel.data.phases import Phase, Request, arrange, parse_phases
 from megatron_steel.data.sources import DataSources, TokenizerFacts, open_sources
 from megatron_steel.data.windows import WindowedDataset
 from megatron_steel.metrics.sinks import check_packages
-from megatron_steel.model.backends import choose_backend
+from megatron_steel.model.backends import check_fp8, choose_backend
 from megatron_steel.model.own_layer import load_layer_function
 from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
 from megatron_steel.text.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
@@ -226,7 +226,8 @@ def prepare(config: Config) -> Prepared:
     Raises ``ValueError`` with one line for whatever the user has to change; nothing has been written then.
     """
     warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    choose_backend(config.parallel.transformer_impl, config.size)
+    backend = choose_backend(config.parallel.transformer_impl, config.size)
+    check_fp8(config.training.fp8_format, *backend)
     if config.size.decoder_layer is not None:
         load_layer_function(config.size.decoder_layer)
     check_packages(config)

@@ -9,13 +9,16 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_steel.config.load import from_flat
 from megatron_steel.config.schema import ModelConfig
 from megatron_steel.model import backends
-from megatron_steel.model.backends import build_provider, choose_backend
+from megatron_steel.model.backends import build_provider, check_fp8, choose_backend
+from megatron_steel.model.families import transformer_config
 from megatron_steel.model.initialize import initial_value
 from megatron_steel.model.layer import DecoderLayer, get_residual_add
 from megatron_steel.model.norms import LayerNorm, RMSNorm, ZeroCentredRMSNorm
 from megatron_steel.model.spec import layer_spec
+from megatron_steel.train.prepare import prepare
 
 
 def test_what_a_backend_lacks_is_named() -> None:
@@ -47,6 +50,17 @@ def test_only_torch_has_softcaps_and_two_rotary_bases(
     with pytest.raises(ValueError, match=f"--transformer-impl {name} has no --{flag}"):
         choose_backend(name, ModelConfig(**changes))
     assert choose_backend("auto", ModelConfig(**changes))[0] == "torch"
+
+
+def test_fp8_reaches_megatron_core_or_is_refused_in_one_line() -> None:
+    flat = {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "blockwise"}
+    options = transformer_config(from_flat(flat))
+    assert (options.fp8, options.fp8_recipe) == ("hybrid", "blockwise")
+    assert transformer_config(from_flat({"bf16": True})).fp8 is None
+    check_fp8("hybrid", "transformer_engine", "")
+    check_fp8(None, "torch", "")
+    with pytest.raises(ValueError, match="--fp8-format needs Transformer Engine, this run takes torch layers: no GPU$"):
+        prepare(from_flat(flat))
 
 
 def test_layers_with_a_window_take_the_local_base() -> None:

@@ -17,6 +17,7 @@ def build(**values: Any) -> Config:
     return from_flat({"model": None, **values})
 
 
+FP8: dict[str, Any] = {"bf16": True, "fp8_format": "hybrid"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"fp16": True, "bf16": True}, "give --bf16 or --fp16, not both"),
     ({"fp16": True, "loss_scale": 0.0}, "--loss-scale must be greater than 0, not 0"),
@@ -27,6 +28,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"fp16": True, "min_loss_scale": 8.0, "initial_loss_scale": 4.0}, "--min-loss-scale 8 is above"),
     ({"bf16": True, "loss_scale": 2.0}, "--loss-scale needs --fp16"),
     ({"pure_bf16": True}, "--pure-bf16 needs --bf16"),
+    ({"fp8_format": "hybrid"}, "--fp8-format needs --bf16"),
+    ({**FP8, "transformer_impl": "torch"}, "--transformer-impl torch has no FP8"),
+    ({**FP8, "ffn_hidden_size": 1000}, "--ffn-hidden-size / --tensor-model-parallel-size must be divisible by 16"),
+    ({**FP8, "seq_length": 1001}, "--micro-batch-size x --seq-length must be divisible by 16, not 1001"),
+    ({**FP8, "fp8_recipe": "mxfp8", "seq_length": 1008}, "must be divisible by 32, not 1008"),
     ({"bf16": True, "pure_bf16": True, "use_distributed_optimizer": True}, "--pure-bf16 does not go with"),
 ]
 
@@ -43,6 +49,8 @@ def test_options_of_a_scale_that_is_not_there() -> None:
     notes = check(build(fp16=True, loss_scale=8.0, loss_scale_window=5))
     assert notes == ["--loss-scale-window has no effect with --loss-scale, which never changes"]
     assert check(build(fp16=True, hysteresis=4, initial_loss_scale=2.0)) == []
+    assert check(build(fp8_recipe="mxfp8")) == ["--fp8-recipe has no effect without --fp8-format"]
+    assert check(build(**FP8, fp8_recipe="mxfp8")) == []
 
 
 def test_compute_type() -> None:

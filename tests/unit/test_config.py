@@ -216,7 +216,7 @@ def test_bad_model_folder(tmp_path: Path, text: str, message: str) -> None:
         (["--nun-layers", "3"], "unknown option --nun-layers; did you mean --num-layers?"),
         (["--exit-duration", "3"], "unknown option --exit-duration; did you mean --exit-duration-in-mins?"),
         (["--qqqqqq"], "unknown option --qqqqqq; --help lists all"),
-        (["--fp16"], "--fp16 is a Megatron-LM flag this engine does not take: use --bf16 or fp32"),
+        (["--manual-gc"], "--manual-gc is a Megatron-LM flag this engine does not take: not supported yet"),
         (["--use-checkpoint-opt_param-scheduler"], "--use-checkpoint-opt-param-scheduler is a Megatron-LM flag"),
         (["--num-layers", "many"], "--num-layers"),
         (["--num-layers"], "Missing value for argument '--num-layers'"),
