@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_steel.checkpoint import files
 from megatron_steel.checkpoint.state import STATE_FILE, TrainState
 from megatron_steel.model.build import Model
+from megatron_steel.model.fully_sharded import like_parameters
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.signals import end_with_parent
 from megatron_steel.runtime.world import World
@@ -206,5 +207,5 @@ def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, s
 def assign(model: Model, loaded: dict[str, Any]) -> None:
     """Load each chunk's state dictionary; every weight must be there."""
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
-        missing, unexpected = module.load_state_dict(loaded[name], strict=False)
+        missing, unexpected = module.load_state_dict(like_parameters(module, loaded[name]), strict=False)
         assert not unexpected and all(key.endswith(EXTRA_STATE) for key in missing), (missing, unexpected)

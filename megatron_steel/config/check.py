@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_steel.config.check_experts import check_experts
+from megatron_steel.config.check_fsdp import check_fsdp
 from megatron_steel.config.check_latent import check_latent
 from megatron_steel.config.check_precision import check_precision, precision_notes
 from megatron_steel.config.check_rope import check_rope, rope_without_effect
@@ -42,6 +43,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_schedule(config)
     check_batch(config, data_parallel_size(config, world_size))
     check_overlap(config)
+    check_fsdp(config, data_parallel_size(config, world_size))
     check_documents(config)
     check_checkpoint(config)
     return settings_without_effect(config, world_size)

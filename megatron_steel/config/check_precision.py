@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from megatron_steel.config.family import group_count, head_width
+from megatron_steel.config.load import to_flat
 from megatron_steel.config.schema import Config, TrainingConfig
 
 SCALE_OPTIONS = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
@@ -89,20 +90,21 @@ def precision_notes(config: Config) -> list[str]:
 
 
 def state_kind(options: dict[str, Any]) -> str:
-    """What an unsharded optimizer keeps, by the flags that decide it: fp32 weights of its own, or only moments."""
+    """What an optimizer that is not sharded by --use-distributed-optimizer keeps, by the flags that decide it."""
     if options.get("pure_bf16"):
-        return "--bf16 --pure-bf16"
-    return "--bf16 or --fp16" if options.get("bf16") or options.get("fp16") else "no --bf16 or --fp16"
+        return "moments of bf16 weights"
+    narrow = (options.get("bf16") or options.get("fp16")) and not options.get("use_torch_fsdp2")
+    return "fp32 copies of 16-bit weights" if narrow else "moments of fp32 weights"
 
 
 def check_same_precision(saved: dict[str, Any], config: Config, origin: str) -> None:
     """Whether this run can take the optimizer state of a checkpoint; ``saved`` are the flat options it was saved with.
 
-    Sharded state holds fp32 weights in every precision.
+    State sharded by --use-distributed-optimizer is the same in every precision.
     """
-    before = state_kind(saved)
-    if before != state_kind(dataclasses.asdict(config.training)) and not config.parallel.use_distributed_optimizer:
+    before, now = state_kind(saved), state_kind(to_flat(config))
+    if before != now and not config.parallel.use_distributed_optimizer:
         raise ValueError(
-            f"{origin} was saved with {before}, its optimizer state is of another kind; resume with the same, "
+            f"{origin} holds {before} as optimizer state, this run has {now}; resume with the same precision, "
             f"or pass --finetune to start from the weights"
         )

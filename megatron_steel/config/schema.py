@@ -35,6 +35,8 @@ class ParallelConfig:
     """Split activations outside attention and feed-forward over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over the data-parallel ranks (ZeRO-1)."""
+    use_torch_fsdp2: bool = False
+    """Divide weights, gradients and optimizer state over the data-parallel ranks (ZeRO-3), by PyTorch's FSDP2."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False

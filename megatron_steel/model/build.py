@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,6 +23,7 @@ from megatron_steel.model.backends import build_provider, choose_backend
 from megatron_steel.model.cross_entropy import cross_entropy
 from megatron_steel.model.embedding import add_embedding_scale, add_final_softcap, add_stable_embedding
 from megatron_steel.model.families import transformer_config
+from megatron_steel.model.fully_sharded import FullyShardedModel
 from megatron_steel.model.initialize import initialize_weights
 from megatron_steel.model.rope import add_rotary_table
 from megatron_steel.model.spec import layer_spec
@@ -54,7 +56,8 @@ class LanguageModel(GPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V / TP] (overwritten) -> loss per token [B, S], fp32."""
         losses_SB = cross_entropy(logits, labels.transpose(0, 1), self.valid_vocab, self.pg_collection.tp)
-        return losses_SB.transpose(0, 1)
+        # Not a view: a fully sharded model hangs the start of its backward pass on what it returns.
+        return losses_SB.transpose(0, 1).clone()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -174,9 +177,12 @@ def build_model(config: Config, vocab_size: int, world: World, training: bool = 
     modules: list[MegatronModule] = [
         build_chunk(config, options, backend, vocab_size, world, stage).to(world.device) for stage in stages
     ]
-    if compute_type(config.training) != "float32":
+    if compute_type(config.training) != "float32" and not config.parallel.use_torch_fsdp2:
         modules = [Float16Module(options, module) for module in modules]
-    if training:
+    if training and config.parallel.use_torch_fsdp2:
+        compute = torch.bfloat16 if config.training.bf16 else None
+        modules = [FullyShardedModel(options, module, world, compute) for module in modules]
+    elif training:
         modules = wrap_data_parallel(config, options, modules, world)
         options.finalize_model_grads_func = lambda chunks, _tokens=None, **rest: finalize_model_grads(
             chunks, None, **rest

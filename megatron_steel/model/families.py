@@ -84,7 +84,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         init_method=leave_as_is,
         output_layer_init_method=leave_as_is,
         use_cpu_initialization=not on_gpu,
-        params_dtype=dtype,
+        # Shards are fp32 and are cast when they are gathered.
+        params_dtype=torch.float32 if parallel.use_torch_fsdp2 else dtype,
         pipeline_dtype=dtype,
         bf16=training.bf16,
         fp16=training.fp16,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron_steel.model.blocks import row_blocks
 
@@ -52,3 +53,18 @@ class TorchMLP(MLP):
         inner, bias = self.linear_fc1(hidden_states)
         assert bias is None
         return self.linear_fc2(SwiGLUFunction.apply(inner))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron-core's, which takes a rank's rows of the first matrix for a half of gate and a half of up.
+
+        In a fully sharded model they are consecutive rows of [gate | up], which is how the whole matrix is saved.
+        """
+        if not isinstance(self.linear_fc1.weight, DTensor):
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state: dict[str, Any] = {}
+        for name in ("linear_fc1", "linear_fc2"):
+            part = getattr(self, name)
+            state.update(part.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
+        return state

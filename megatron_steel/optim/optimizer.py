@@ -13,6 +13,8 @@ from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.schema import Config
 from megatron_steel.config.schema import OptimizerConfig as OptimizerOptions
 from megatron_steel.model.build import Model
+from megatron_steel.model.fully_sharded import is_sharded
+from megatron_steel.optim.fully_sharded import shard_optimizer
 from megatron_steel.optim.loss_scale import add_loss_scale, move_scale
 from megatron_steel.runtime import device
 
@@ -44,7 +46,7 @@ def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
         adam_eps=options.adam_eps,
         clip_grad=options.clip_grad,
         # Without fp32 weights of its own megatron-core's optimizer is the one for fp32, whatever type the model has.
-        bf16=config.training.bf16 and not config.training.pure_bf16,
+        bf16=config.training.bf16 and not (config.training.pure_bf16 or parallel.use_torch_fsdp2),
         fp16=config.training.fp16,
         params_dtype=getattr(torch, compute_type(config.training)),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -54,6 +56,8 @@ def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
         settings, model.chunks, config_overrides={ParamKey(attr=NO_DECAY): {"wd_mult": 0.0}}
     )
     assert isinstance(optimizer, ChainedOptimizer)
+    if is_sharded(model.chunks):
+        return shard_optimizer(optimizer, settings, model.chunks[0].shard_group)
     if config.training.fp16:
         add_loss_scale(config.training, optimizer, model)
     if config.training.pure_bf16:

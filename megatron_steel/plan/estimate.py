@@ -165,6 +165,25 @@ def layers_in_flight(config: Config, micro_batches: int, stage: int) -> int:
     return min(warm_up, micro_batches * chunks) * layers // (stages * chunks)
 
 
+def parameter_bytes(config: Config, parameters: int, replicas: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state of a rank whose stage has so many parameters.
+
+    Fully sharded (Zhao et al. 2023, arXiv:2304.11277): shards in fp32, and in the computing type what is outside the
+    layers, two layers' weights (one is fetched ahead) and one layer's gradients.
+    """
+    model, training = config.size, config.training
+    element = 4 if compute_type(training) == "float32" else 2
+    if config.parallel.use_torch_fsdp2:
+        layers = [layer_weights(model, layer).on_rank(1) for layer in range(model.num_layers)]
+        outside, largest, shard = parameters - sum(layers), max(layers), -(-parameters // replicas)
+        return 4 * shard + (outside + 2 * largest) * element, 4 * shard + (outside + largest) * element, 8 * shard
+    # Two fp32 moments, and an fp32 copy of 16-bit weights; or two moments of the weights' type alone.
+    state = parameters * (4 if training.pure_bf16 else 12 if element == 2 else 8)
+    if config.parallel.use_distributed_optimizer:
+        state = -(-state // replicas)
+    return parameters * element, parameters * (2 if training.pure_bf16 else 4), state
+
+
 def stage_memory(
     config: Config, padded_vocab_size: int, replicas: int, stage: int, micro_batch_size: int, micro_batches: int
 ) -> RankMemory:
@@ -173,8 +192,7 @@ def stage_memory(
     tensor, last = parallel.tensor_model_parallel_size, stage == parallel.pipeline_model_parallel_size - 1
     element = 4 if compute_type(training) == "float32" else 2
     parameters = stage_parameters(config, padded_vocab_size, stage)
-    # Two fp32 moments, and an fp32 copy of 16-bit weights; or two moments of the weights' type alone.
-    state = parameters * (4 if training.pure_bf16 else 12 if element == 2 else 8)
+    weights, gradients, state = parameter_bytes(config, parameters, replicas)
     tokens = training.seq_length * micro_batch_size
     # Input and output of the last norm.
     final_norm = 2 * tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)
@@ -182,9 +200,9 @@ def stage_memory(
     logits = tokens * padded_vocab_size // tensor * (6 if element == 2 else 4)
     layers = layers_in_flight(config, micro_batches, stage)
     return RankMemory(
-        weights=parameters * element,
-        gradients=parameters * (2 if training.pure_bf16 else 4),
-        optimizer=-(-state // replicas) if parallel.use_distributed_optimizer else state,
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
         activations=layers * layer_activation_bytes(config, tokens) + final_norm * int(last),
         logits=logits if last else 0,
     )

@@ -19,6 +19,7 @@ from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks, open_sinks
 from megatron_steel.metrics.throughput import Throughput
 from megatron_steel.model.build import Model, build_model
+from megatron_steel.model.fully_sharded import held_elements
 from megatron_steel.optim.optimizer import build_optimizer
 from megatron_steel.plan.estimate import flops_per_token
 from megatron_steel.runtime import device
@@ -33,7 +34,7 @@ from megatron_steel.train.prepare import Prepared
 def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
     """The first lines of a log: machine, backend, sizes, data, warnings, all options."""
     config, state = prepared.config, prepared.state
-    total = sum(p.numel() for module in model.language_models() for p in module.parameters())
+    total = sum(held_elements(p) for module in model.language_models() for p in module.parameters())
     lines = [world.one_line(), f"layers: {model.backend} ({model.backend_reason}), {total:,} parameters on this rank"]
     if config.model:
         lines.append(f"--model {config.model} stands for: {' '.join(expand_model(config))}")

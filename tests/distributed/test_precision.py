@@ -199,7 +199,7 @@ def test_pure_bf16(pool: WorkerPool, prefix: str, tmp_path: Path, layout: str) -
 def test_resuming_in_another_precision(pool: WorkerPool, prefix: str, tmp_path: Path) -> None:
     """Sharded state fits every precision; the others are told apart before anything is built."""
     pool.run(1, work_train, options(prefix, save=str(tmp_path / "plain")), 2, True, join=False)
-    with pytest.raises(ValueError, match="no --bf16 or --fp16, its optimizer state is of another kind"):
+    with pytest.raises(ValueError, match="holds moments of fp32 weights as optimizer state, this run has fp32 copies"):
         pool.run(1, work_train, options(prefix, FP16, load=str(tmp_path / "plain")), 1, join=False)
     sharded = options(prefix, LAYOUTS["dp2-sharded"].flags)
     exact = pool.run(2, work_train, {**sharded, "save": str(tmp_path / "sharded")}, 2, True, join=False)

@@ -86,13 +86,48 @@ def test_resuming_in_another_precision(sharded: bool) -> None:
     check_same_precision({"fp16": True}, brain, "x")
     check_same_precision({"bf16": True}, half, "x")
     check_same_precision({}, full, "x")
+    check_same_precision({"bf16": True, "use_torch_fsdp2": True}, full, "x")
     pure = build(bf16=True, pure_bf16=True)
     for saved in ({"bf16": True}, {}):
-        with pytest.raises(ValueError, match="its optimizer state is of another kind"):
+        with pytest.raises(ValueError, match="as optimizer state, this run has moments of bf16"):
             check_same_precision(saved, pure, "x")
     for saved, config in (({}, half), ({"bf16": True}, full), ({"bf16": False, "fp16": False}, brain)):
         if sharded:
             check_same_precision(saved, config, "x")
         else:
-            with pytest.raises(ValueError, match="^x was saved with .*resume with the same"):
+            with pytest.raises(
+                ValueError, match="^x holds .* as optimizer state, this run has .*resume with the same precision"
+            ):
                 check_same_precision(saved, config, "x")
+
+
+FSDP: dict[str, Any] = {"use_torch_fsdp2": True, "transformer_impl": "torch"}
+WRONG_FSDP: list[tuple[dict[str, Any], str]] = [
+    ({"tensor_model_parallel_size": 2}, "does not go with --tensor-model-parallel-size 2; remove one"),
+    ({"use_distributed_optimizer": True}, "does not go with --use-distributed-optimizer; remove one"),
+    ({"fp16": True}, "does not go with --fp16; remove one"),
+    ({"transformer_impl": "auto"}, "--use-torch-fsdp2 needs --transformer-impl torch, not auto"),
+    ({"make_vocab_size_divisible_by": 5}, "--make-vocab-size-divisible-by must be divisible by the 4 data-parallel"),
+    ({"ffn_hidden_size": 1001}, "--ffn-hidden-size must be divisible by the 4 data-parallel ranks, not 1001"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG_FSDP, ids=[message for _, message in WRONG_FSDP])
+def test_what_cannot_be_fully_sharded(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        check(build(**{**FSDP, **values}), 4)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert check(build(**FSDP), 4) == []
+
+
+def test_full_sharding_divides_everything_but_what_is_gathered() -> None:
+    plain, sharded = (build(vocab_size=1000, num_layers=24, bf16=True, **more) for more in ({}, FSDP))
+    one, eight = memory_per_rank(plain, 1024, 8), memory_per_rank(sharded, 1024, 8)
+    parameters = one.weights // 2
+    assert eight.optimizer == parameters
+    gathered, reduced = eight.weights - parameters // 2, eight.gradients - parameters // 2
+    table = 2 * 1024 * plain.size.hidden_size
+    layer = (2 * parameters - table) // 24
+    # Two layers and one, beside the table and the last norm.
+    assert abs(gathered - table - 2 * layer) < 0.01 * layer and abs(reduced - table - layer) < 0.01 * layer
+    assert (eight.activations, eight.logits) == (one.activations, one.logits)
