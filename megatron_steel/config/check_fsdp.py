@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_steel.config.family import group_count, head_width
+from megatron_steel.config.load import to_flat
 from megatron_steel.config.schema import Config
 
 FLAG = "--use-torch-fsdp2"
+# Options that must have these values beside it.
+ALONE: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "use_distributed_optimizer": False,
+    "overlap_grad_reduce": False,
+    "check_weight_hash_across_dp_replicas_interval": None,  # no two ranks hold the same weights
+    "fp16": False,
+    "pure_bf16": False,
+    "num_experts": None,
+    "multi_latent_attention": False,
+    "ffn_type": "dense",
+    "mlp_type": "swiglu",
+    "decoder_layer": None,
+}
 
 
 def check_fsdp(config: Config, replicas: int) -> None:
     """Shards go over replicas alone, in fp32 with fp32 or bf16 products, and every weight divides into equal rows."""
-    parallel, training, size = config.parallel, config.training, config.size
+    parallel, size = config.parallel, config.size
     if not parallel.use_torch_fsdp2:
         return
-    for name, alone in (
-        ("tensor_model_parallel_size", parallel.tensor_model_parallel_size == 1),
-        ("pipeline_model_parallel_size", parallel.pipeline_model_parallel_size == 1),
-        ("use_distributed_optimizer", not parallel.use_distributed_optimizer),
-        ("overlap_grad_reduce", not parallel.overlap_grad_reduce),
-        ("fp16", not training.fp16),
-        ("pure_bf16", not training.pure_bf16),
-        ("num_experts", size.num_experts is None),
-        ("multi_latent_attention", not size.multi_latent_attention),
-        ("ffn_type", size.ffn_type == "dense"),
-        ("mlp_type", size.mlp_type == "swiglu"),
-        ("decoder_layer", size.decoder_layer is None),
-    ):
-        if not alone:
-            value = getattr(parallel, name, None) or getattr(training, name, None) or getattr(size, name, None)
+    options = to_flat(config)
+    for name, neutral in ALONE.items():
+        value = options.get(name, neutral)
+        if value != neutral:
             shown = "" if value is True else f" {value}"
             raise ValueError(f"{FLAG} does not go with --{name.replace('_', '-')}{shown}; remove one of them")
     if parallel.transformer_impl != "torch":
