@@ -100,6 +100,7 @@ def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None)
     check_heads(config)
     check_layers(config)
     config.training.fp8_format = None
+    config.memory.recompute_granularity = None
     if bf16 is not None:
         config.training.bf16, config.training.fp16 = bf16, False
     model = build_model(config, state.vocab_size, world, training=False)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from megatron_steel.config.check_experts import check_experts
 from megatron_steel.config.check_fsdp import check_fsdp
 from megatron_steel.config.check_latent import check_latent
+from megatron_steel.config.check_memory import check_memory
 from megatron_steel.config.check_precision import check_precision, precision_notes
 from megatron_steel.config.check_rope import check_rope, rope_without_effect
 from megatron_steel.config.check_soft_mixture import check_soft_mixture
@@ -40,6 +41,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_soft_mixture(config)
     check_layers(config)
     check_precision(config)
+    check_memory(config)
     check_schedule(config)
     check_batch(config, data_parallel_size(config, world_size))
     check_overlap(config)

@@ -17,6 +17,8 @@ DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD
 Fp8Format = Literal["e4m3", "hybrid"]
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
 DataFingerprint = Literal["fast", "full"]
+RecomputeGranularity = Literal["full", "selective"]
+RecomputeMethod = Literal["uniform", "block"]
 SequenceMode = Literal["concat", "split", "truncate", "sample"]
 WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
@@ -134,6 +136,20 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
+class MemoryConfig:
+    """What the forward pass does not keep for the backward pass."""
+
+    recompute_granularity: RecomputeGranularity | None = None
+    """Compute once more in the backward pass: whole layers (full), or the modules of recompute_modules (selective)."""
+    recompute_method: RecomputeMethod | None = None
+    """With full: units of recompute_num_layers (uniform, the default), or that many layers of each chunk (block)."""
+    recompute_num_layers: int | None = None
+    """Layers per unit of uniform, of which only the input is kept, or layers of block; 1 when unset."""
+    recompute_modules: list[str] = field(default_factory=list)
+    """With selective: core_attn (when empty), mlp, moe, shared_experts, mla_up_proj."""
+
+
+@dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW and its schedules."""
 
@@ -222,6 +238,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

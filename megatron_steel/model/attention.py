@@ -164,7 +164,7 @@ class SplitAndRotate(torch.autograd.Function):
 class TorchSelfAttention(SelfAttention):
     """megatron-core's self-attention with a short way through it for training.
 
-    Anything special (a key/value cache, QK norm, fewer key heads than ranks, recomputation) takes megatron-core's own
+    Anything special (a key/value cache, QK norm, fewer key heads than ranks) takes megatron-core's own
     way. Parameters and checkpoint names are the same.
     """
 
@@ -185,7 +185,6 @@ class TorchSelfAttention(SelfAttention):
             and config.num_query_groups >= self.world_size
             and not (config.rotary_interleaved or config.attention_output_gate)
             and not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1])
-            and not self.checkpoint_core_attention
         )
 
     def forward(
@@ -219,8 +218,10 @@ class TorchSelfAttention(SelfAttention):
         query, key, value = SplitAndRotate.apply(
             mixed, cos, sin, self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         )
+        recomputed = self.checkpoint_core_attention and self.training
+        attend = self._checkpointed_attention_forward if recomputed else self.core_attention
         if packed:
             parts = (part.squeeze(1) for part in (query, key, value))
-            context = self.core_attention(*parts, attention_mask, packed_seq_params=packed_seq_params)
+            context = attend(*parts, attention_mask, packed_seq_params=packed_seq_params)
             return self.linear_proj(context.unsqueeze(1))
-        return self.linear_proj(self.core_attention(query, key, value, attention_mask))
+        return self.linear_proj(attend(query, key, value, attention_mask))

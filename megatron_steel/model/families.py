@@ -15,7 +15,7 @@ from megatron_steel.config.check import virtual_chunks
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.family import group_count, head_width
 from megatron_steel.config.model_schema import Activation
-from megatron_steel.config.schema import Config, ModelConfig
+from megatron_steel.config.schema import Config, MemoryConfig, ModelConfig
 from megatron_steel.model.mla import latent_options
 from megatron_steel.model.moe import expert_options
 from megatron_steel.runtime import device
@@ -57,6 +57,18 @@ def attention_options(size: ModelConfig) -> dict[str, Any]:
     }
 
 
+def recompute_options(memory: MemoryConfig) -> dict[str, Any]:
+    """megatron-core's settings of what is computed once more in the backward pass; empty for nothing."""
+    if memory.recompute_granularity is None:
+        return {}
+    return {
+        "recompute_granularity": memory.recompute_granularity,
+        "recompute_method": memory.recompute_method,
+        "recompute_num_layers": memory.recompute_num_layers,
+        "recompute_modules": memory.recompute_modules or None,
+    }
+
+
 def transformer_config(config: Config) -> TransformerConfig:
     """megatron-core's configuration for a checked :class:`Config`."""
     size, parallel, training = config.size, config.parallel, config.training
@@ -71,6 +83,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **(latent_options(size) if size.multi_latent_attention else {}),
         **feed_forward_options(size, on_gpu),
         **expert_options(size),
+        **recompute_options(config.memory),
         normalization=size.normalization,
         layernorm_epsilon=size.norm_epsilon,
         layernorm_zero_centered_gamma=size.apply_layernorm_1p,

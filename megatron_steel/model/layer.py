@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -79,7 +81,9 @@ class DecoderLayer(TransformerLayer):
         if self.mlp_reads_sequence:
             more |= {"inference_context": inference_context, "packed_seq_params": rest.get("packed_seq_params")}
         inner = self.pre_mlp_layernorm(hidden_states if self.parallel_residual else middle)
-        output = self.add(self.mlp_bda, normed(self.mlp(inner, **more), self.post_mlp_layernorm), middle)
+        mlp = functools.partial(self.mlp, **more)
+        fed = checkpoint(mlp, False, inner) if self.recompute_mlp and self.training else mlp(inner)
+        output = self.add(self.mlp_bda, normed(fed, self.post_mlp_layernorm), middle)
         # Pipelines free the memory of what a stage sends on, which a view would keep.
         return make_viewless_tensor(inp=output, requires_grad=output.requires_grad, keep_graph=True), None
 
