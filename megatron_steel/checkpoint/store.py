@@ -164,7 +164,7 @@ def load_weights(checkpoint: Path, model: Model) -> None:
 
 
 def allocate_moments(optimizer: ChainedOptimizer) -> None:
-    """Give a torch AdamW that has not stepped its state.
+    """Give an AdamW that has not stepped its state.
 
     megatron-core's sharded optimizer reads a step count from it when loading; and when all steps before a save were
     skipped, a checkpoint without moments would not load.
@@ -172,6 +172,8 @@ def allocate_moments(optimizer: ChainedOptimizer) -> None:
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
         if not isinstance(inner, torch.optim.Adam):
+            if inner is not None:
+                part.init_state_fn(inner, part.config)
             continue
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
