@@ -78,6 +78,7 @@ def main() -> None:
     """Report standard input until it ends. Signals are for the trainer, which then closes the input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to every process of a job step
     run = start(json.loads(sys.argv[1]))
     # W&B drops rows whose own step goes back, as it does after a restart from an older checkpoint.
     run.define_metric("iteration")
