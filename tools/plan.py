@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout thi
 
 from megatron_steel.config.check import check, data_parallel_size, padded_vocab_size  # noqa: E402
 from megatron_steel.config.load import parse, user_errors  # noqa: E402
+from megatron_steel.config.rampup import batch_sizes  # noqa: E402
 from megatron_steel.config.schema import Config  # noqa: E402
 from megatron_steel.plan import estimate  # noqa: E402
 from megatron_steel.plan.parameters import count_parameters  # noqa: E402
@@ -48,7 +49,8 @@ def table(config: Config, vocab: int, options: argparse.Namespace) -> list[tuple
     memory = estimate.memory_per_rank(config, vocab, gpus)
     largest = estimate.max_micro_batch(config, vocab, gpus, options.memory_gib * GIB)
     batch_tokens = (training.global_batch_size or 0) * training.seq_length
-    tokens = options.tokens or float(training.train_iters * batch_tokens)
+    samples = batch_sizes(training).consumed_after(training.train_iters)
+    tokens = options.tokens or float(samples * training.seq_length)
     time = estimate.run_time(tokens, full, gpus, options.peak_tflops * 1e12, options.mfu)
     rows = [
         ("parameters", f"{count.total:,} (vocabulary padded to {vocab:,})"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_steel.config.check_batch import check_batch
 from megatron_steel.config.check_experts import check_experts
 from megatron_steel.config.check_fsdp import check_fsdp
 from megatron_steel.config.check_latent import check_latent
@@ -43,7 +44,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_precision(config)
     check_memory(config)
     check_schedule(config)
-    check_batch(config, data_parallel_size(config, world_size))
+    check_batch(config, data_parallel_size(config, world_size), virtual_chunks(config) is not None)
     check_overlap(config)
     check_fsdp(config, data_parallel_size(config, world_size))
     check_documents(config)
@@ -208,33 +209,6 @@ def data_parallel_size(config: Config, world_size: int) -> int:
             f"(torchrun --nproc-per-node)"
         )
     return world_size // model_ranks
-
-
-def check_batch(config: Config, replicas: int) -> None:
-    """global batch = micro batch x replicas x accumulation, exactly."""
-    training = config.training
-    per_pass = training.micro_batch_size * replicas
-    if training.global_batch_size is None:
-        training.global_batch_size = per_pass
-    if training.global_batch_size % per_pass:
-        above = math.ceil(training.global_batch_size / per_pass) * per_pass
-        near = f"{above - per_pass} or {above}" if above > per_pass else str(above)
-        raise ValueError(
-            f"--global-batch-size {training.global_batch_size} is not --micro-batch-size {training.micro_batch_size} "
-            f"x {replicas} data-parallel ranks x a whole number; use {near}"
-        )
-    stages, accumulation = config.parallel.pipeline_model_parallel_size, training.global_batch_size // per_pass
-    if virtual_chunks(config) and accumulation % stages:
-        raise ValueError(
-            f"{accumulation} micro-batches per step are not divisible by --pipeline-model-parallel-size {stages}, "
-            f"which interleaving needs; use --global-batch-size {per_pass * stages * math.ceil(accumulation / stages)}"
-        )
-    tensor = config.parallel.tensor_model_parallel_size
-    if config.parallel.sequence_parallel and training.seq_length % tensor:
-        raise ValueError(
-            f"--seq-length {training.seq_length} is not divisible by --tensor-model-parallel-size {tensor}, "
-            f"which --sequence-parallel needs; use {max(1, training.seq_length // tensor) * tensor}"
-        )
 
 
 def check_schedule(config: Config) -> None:

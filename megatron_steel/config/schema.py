@@ -103,6 +103,8 @@ class TrainingConfig:
     """Samples per forward pass on one data-parallel rank."""
     global_batch_size: int | None = None
     """Samples per optimizer step over all ranks; micro_batch_size x data-parallel size when unset."""
+    rampup_batch_size: list[int] = field(default_factory=list)
+    """START INCREMENT SAMPLES: the batch grows from START by INCREMENT up to the global one over SAMPLES samples."""
     seq_length: int = 1024
     """Tokens per sample."""
     train_iters: int = 100

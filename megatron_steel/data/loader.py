@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_steel.config.rampup import BatchSizes
 from megatron_steel.data.documents import document_bounds, positions_from, row_bounds
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.windows import WindowedDataset
@@ -240,7 +241,8 @@ class TrainLoader:
     """The micro-batches of optimizer steps, in the order of a ledger, read one step ahead.
 
     datasets: fingerprint -> windows, for every source that samples from `first_sample` on are drawn from (None: those
-    of the last segment). Use as a context manager or call close().
+    of the last segment). layout: of a step of the full size. sizes: of every step; None: all are full.
+    Use as a context manager or call close().
     Raises ValueError if a dataset is missing or is not the one the ledger describes.
     """
 
@@ -251,10 +253,12 @@ class TrainLoader:
         layout: BatchLayout,
         builder: BatchBuilder,
         first_sample: int | None = None,
+        sizes: BatchSizes | None = None,
     ) -> None:
         _check_datasets(ledger, datasets, ledger.segments[-1].start if first_sample is None else first_sample)
         self.ledger = ledger
         self.layout = layout
+        self.sizes = sizes or BatchSizes(final=layout.global_batch_size)
         self.builder = builder
         self._datasets = [datasets.get(source.fingerprint) for source in ledger.sources]
         self._prepared: set[int] = set()
@@ -262,7 +266,7 @@ class TrainLoader:
         self._ahead: tuple[int, Future[tuple[torch.Tensor | None, np.ndarray]]] | None = None
 
     def step(self, first_sample: int) -> list[Batch]:
-        """Return this rank's micro-batches of the step over samples [first_sample, + global batch).
+        """Return this rank's micro-batches of the step over samples [first_sample, + its size).
 
         Errors of reading are raised here, for the step they belong to.
         """
@@ -271,7 +275,7 @@ class TrainLoader:
         assert self._ahead is not None
         pending, self._ahead = self._ahead[1], None
         host, sources = pending.result()
-        self._request(first_sample + self.layout.global_batch_size)
+        self._request(first_sample + self.sizes.at(first_sample))
         return self.builder.build(host, sources, np.ones(sources.shape, dtype=bool))
 
     def close(self) -> None:
@@ -293,8 +297,10 @@ class TrainLoader:
 
     def _read(self, first_sample: int) -> tuple[torch.Tensor | None, np.ndarray]:
         """Tokens and sources of this rank's samples of a step; runs on the background thread."""
-        offsets = self.layout.offsets()
-        source, epoch, window = self.ledger.samples(first_sample, first_sample + self.layout.global_batch_size)
+        size = self.sizes.at(first_sample)
+        per_pass = self.layout.micro_batch_size * self.layout.data_parallel_size
+        offsets = replace(self.layout, num_microbatches=size // per_pass).offsets()
+        source, epoch, window = self.ledger.samples(first_sample, first_sample + size)
         sources, epochs, windows = source[offsets], epoch[offsets], window[offsets]
         if self.builder.reads:
             self._prepare(set(sources.ravel().tolist()) - self._prepared)

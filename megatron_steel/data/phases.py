@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -48,16 +48,17 @@ class Request:
     seq_length: int
 
 
-def parse_phases(values: Sequence[str], seq_length: int, global_batch_size: int) -> list[Phase]:
+def parse_phases(values: Sequence[str], seq_length: int, consumed_after: Callable[[int], int]) -> list[Phase]:
     """Return the phases that --data-phases gives, in order of their starts.
 
-    Starts in tokens are rounded up to a whole sample of `seq_length`; iterations have `global_batch_size` samples.
+    Starts are rounded up, those in tokens to a whole sample of `seq_length`; `consumed_after` gives the samples of so
+    many iterations.
     Raises ValueError for a phase without exactly one start, a bad number, no positive weight, or starts that do not
     rise.
     """
     phases: list[Phase] = []
     for text in values:
-        phase = _parse_phase(text, seq_length, global_batch_size)
+        phase = _parse_phase(text, seq_length, consumed_after)
         if phases and phase.start <= phases[-1].start:
             raise ValueError(
                 f"--data-phases: {text!r} starts at sample {phase.start}, not after the phase before it "
@@ -67,7 +68,7 @@ def parse_phases(values: Sequence[str], seq_length: int, global_batch_size: int)
     return phases
 
 
-def _parse_phase(text: str, seq_length: int, global_batch_size: int) -> Phase:
+def _parse_phase(text: str, seq_length: int, consumed_after: Callable[[int], int]) -> Phase:
     """One phase from its text."""
     starts: list[int] = []
     weights: dict[str, float] = {}
@@ -84,8 +85,8 @@ def _parse_phase(text: str, seq_length: int, global_batch_size: int) -> Phase:
         if not name or number < 0 or name in weights:
             raise ValueError(f"--data-phases {text!r}: {word!r} is not NAME=NUMBER with a new name; {USAGE}")
         if name in STARTS:
-            scale = {"start_samples": Fraction(1), "start_iteration": Fraction(global_batch_size)}
-            starts.append(math.ceil(number * scale.get(name, Fraction(1, seq_length))))
+            whole = math.ceil(number / seq_length if name == "start_tokens" else number)
+            starts.append(consumed_after(whole) if name == "start_iteration" else whole)
         else:
             weights[name] = float(number)
     if len(starts) != 1 or not any(weights.values()):

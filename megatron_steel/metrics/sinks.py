@@ -63,7 +63,7 @@ def open_sinks(config: Config, iteration: int = 0) -> Sinks:
     ``iteration`` is the last one done before this start: what an earlier attempt reported after it is void.
     """
     logging, save = config.logging, config.checkpoint.save
-    sinks: list[Sink] = [ConsoleSink(config.training.train_iters, config.training.global_batch_size or 0)]
+    sinks: list[Sink] = [ConsoleSink(config.training.train_iters)]
     if save is not None:
         sinks.append(JsonlSink(Path(save) / METRICS_FILE))
     if logging.tensorboard_dir is not None:
@@ -124,8 +124,8 @@ class ConsoleSink:
         ("eta_s", lambda v: f"ETA: {timedelta(seconds=round(v))}"),
     )
 
-    def __init__(self, train_iters: int, global_batch_size: int) -> None:
-        self.train_iters, self.global_batch_size = train_iters, global_batch_size
+    def __init__(self, train_iters: int) -> None:
+        self.train_iters = train_iters
 
     def write(self, row: Row) -> None:
         """Print the fields that the row has."""
@@ -133,7 +133,6 @@ class ConsoleSink:
 
     def training(self, row: Row) -> str:
         """The line of a training row."""
-        row = {"global_batch_size": self.global_batch_size, **row}
         parts = [f"iteration {row['iteration']:8d}/{self.train_iters:8d}"]
         parts += [show(row[name]) for name, show in self.FIELDS if row.get(name) not in (None, {})]
         return f" [{datetime.now():%Y-%m-%d %H:%M:%S.%f}] " + "".join(f"{part} | " for part in parts).rstrip()

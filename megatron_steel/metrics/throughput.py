@@ -21,28 +21,30 @@ class Throughput:
         self,
         *,
         flops_per_token: float,
-        tokens_per_step: int,
+        tokens_per_sample: int,
         devices: int,
         peak_flops: float,
-        train_iters: int,
+        total_samples: int,
         iteration: int = 0,
+        samples: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start the clock after ``iteration`` finished steps.
+        """Start the clock after ``iteration`` finished steps over ``samples`` samples.
 
         Args:
             flops_per_token: training FLOPs of one token.
-            tokens_per_step: tokens of the global batch.
+            tokens_per_sample: tokens of a sample.
             devices: devices of the whole run.
             peak_flops: FLOP/s of one device.
-            train_iters: iteration at which the run ends.
+            total_samples: samples after which the run ends.
             clock: seconds that never jump back.
         """
         assert devices > 0 and peak_flops > 0
-        self.flops_per_token, self.tokens_per_step = flops_per_token, tokens_per_step
-        self.devices, self.peak_flops, self.train_iters, self.clock = devices, peak_flops, train_iters, clock
+        self.flops_per_token, self.tokens_per_sample = flops_per_token, tokens_per_sample
+        self.devices, self.peak_flops, self.total_samples, self.clock = devices, peak_flops, total_samples, clock
         self.started_at = self.lap_at = clock()
-        self.first = self.iteration = iteration
+        self.iteration = iteration
+        self.first = self.samples = samples
         self.paused = 0.0
         self.warm = False
 
@@ -55,26 +57,27 @@ class Throughput:
         finally:
             self.paused += self.clock() - start
 
-    def lap(self, iteration: int) -> dict[str, float]:
-        """Speed of the steps since the last lap, the newest being ``iteration``.
+    def lap(self, iteration: int, samples: int) -> dict[str, float]:
+        """Speed of the steps since the last lap, the newest being ``iteration``, after ``samples`` samples.
 
-        ``eta_s`` is the time left at the pace of the run so far, pauses included. The pace is that of this process
-        without its first lap, which has the warm-up of compilers and allocators in it.
+        ``eta_s`` is the time left at the pace of the run so far, pauses included: per sample, because steps of a
+        batch-size ramp grow. The pace is that of this process without its first lap, which has the warm-up of
+        compilers and allocators in it.
         """
         assert iteration > self.iteration, (iteration, self.iteration)
         now, steps = self.clock(), iteration - self.iteration
         # A clock too coarse for the interval must not divide by zero.
-        step_time = max(now - self.lap_at - self.paused, 1e-9) / steps
-        pace = (now - self.started_at) / (iteration - self.first)
+        seconds = max(now - self.lap_at - self.paused, 1e-9)
+        pace = (now - self.started_at) / (samples - self.first)
+        tokens_per_second = self.tokens_per_sample * (samples - self.samples) / seconds / self.devices
         if not self.warm:
-            self.warm, self.first, self.started_at = True, iteration, now
-        self.lap_at, self.iteration, self.paused = now, iteration, 0.0
-        tokens_per_second = self.tokens_per_step / step_time / self.devices
+            self.warm, self.first, self.started_at = True, samples, now
+        self.lap_at, self.iteration, self.samples, self.paused = now, iteration, samples, 0.0
         flops = tokens_per_second * self.flops_per_token
         return {
-            "step_time_s": step_time,
+            "step_time_s": seconds / steps,
             "tokens_per_second_per_device": tokens_per_second,
             "tflops_per_device": flops / 1e12,
             "mfu": flops / self.peak_flops,
-            "eta_s": pace * (self.train_iters - iteration),
+            "eta_s": pace * (self.total_samples - samples),
         }

@@ -149,6 +149,11 @@ def wrap_data_parallel(
         # Only the first chunk of a pipeline stage has its gradients reduced during the backward pass of others.
         wrapped.append(DistributedDataParallel(options, settings, module, disable_bucketing=index > 0))
         save_padding(wrapped[-1])
+    if parallel.overlap_grad_reduce:
+        # Without it megatron-core counts a parameter's gradients in the first step, and reduces once there are as many:
+        # too early, without the rest, in a step of more micro-batches than the first.
+        waits = [chunk.no_sync for chunk in wrapped]
+        options.no_sync_func = waits[0] if len(waits) == 1 else waits  # type: ignore[assignment]
     return wrapped
 
 

@@ -78,8 +78,9 @@ def take_step(session: Session) -> None:
         config.optimizer.clip_grad,
         len(session.source_names),
     )
+    samples = session.loader.sizes.at(state.consumed_samples)
     state.iteration += 1
-    state.consumed_samples += session.loader.layout.global_batch_size
+    state.consumed_samples += samples
     state.consumed_tokens += step_tokens
     state.skipped_iterations += not result.updated
     session.loss_sums += result.loss_sums
@@ -92,6 +93,7 @@ def take_step(session: Session) -> None:
         balance = take_balance(session.model.chunks, session.world.device)
         session.recorder.record("moe_balance_loss", balance / layers)
     session.recorder.record("lr", lr, "last")
+    session.recorder.record("global_batch_size", samples, "last")
     session.recorder.record("nan_iterations", int(not result.updated), "sum")
 
 
@@ -133,7 +135,8 @@ def report(session: Session) -> None:
             **mean_losses(session),
             **seen_by_source(session),
             **row,
-            **session.throughput.lap(state.iteration),
+            "global_batch_size": int(row["global_batch_size"]),
+            **session.throughput.lap(state.iteration, state.consumed_samples),
             "skipped_iterations": state.skipped_iterations,
             "peak_memory_bytes": device.peak_memory_bytes(),
         }

@@ -13,6 +13,7 @@ from megatron_steel.checkpoint.state import TrainState, read_state
 from megatron_steel.config.check import check
 from megatron_steel.config.check_precision import check_same_precision
 from megatron_steel.config.load import to_flat
+from megatron_steel.config.rampup import batch_sizes
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.data.identity import Known
 from megatron_steel.data.order import Ledger
@@ -200,9 +201,8 @@ def order_data(
 ) -> Ledger:
     """The ledger of the run: a new one, the checkpoint's, or the checkpoint's with other data from here on."""
     training, options = config.training, config.data
-    assert training.global_batch_size is not None
-    total = max(training.train_iters, state.iteration) * training.global_batch_size
-    total += state.consumed_samples - state.iteration * training.global_batch_size
+    left = max(training.train_iters - state.iteration, 0)
+    total = batch_sizes(training).consumed_after(left, state.consumed_samples)
     request = Request(sources.train, sources.weighting, phases, options.seed, training.seq_length)
     saved = Ledger.from_json(state.ledger) if state.ledger else None
     ledger, notes = arrange(request, saved, state.consumed_samples, options.append_data)
@@ -246,8 +246,9 @@ def prepare(config: Config) -> Prepared:
         check_resume(config, loaded, tokenizer, checkpoint)
         warnings += changed_masks(config, loaded, checkpoint)
     state = loaded if resuming and loaded is not None else TrainState()
-    assert config.training.global_batch_size is not None
-    phases = parse_phases(config.data.data_phases, config.training.seq_length, config.training.global_batch_size)
+    phases = parse_phases(
+        config.data.data_phases, config.training.seq_length, batch_sizes(config.training).consumed_after
+    )
     sources = open_data(config, tokenizer, Ledger.from_json(state.ledger) if state.ledger else None, phases)
     warnings += sources.notes
     ledger = order_data(config, sources, phases, state, warnings)

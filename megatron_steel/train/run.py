@@ -10,9 +10,11 @@ import torch
 
 from megatron_steel.checkpoint import store
 from megatron_steel.checkpoint.hf import TOKENIZER_FOLDER
+from megatron_steel.checkpoint.state import TrainState
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.load import expand_model, to_flat
+from megatron_steel.config.rampup import batch_sizes
 from megatron_steel.config.schema import Config
 from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader, ValidLoader
 from megatron_steel.metrics.record import MetricRecorder
@@ -39,7 +41,7 @@ def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
     if config.model:
         lines.append(f"--model {config.model} stands for: {' '.join(expand_model(config))}")
     left = config.training.train_iters - state.iteration
-    total_samples = state.consumed_samples + left * (config.training.global_batch_size or 1)
+    total_samples = batch_sizes(config.training).consumed_after(left, state.consumed_samples)
     now = {source.fingerprint: source.weight for source in prepared.ledger.sources_at(state.consumed_samples)}
     for source, row in zip(prepared.ledger.sources, prepared.ledger.epoch_table(total_samples), strict=True):
         dataset = prepared.datasets.get(source.fingerprint)
@@ -87,19 +89,20 @@ def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[Batc
     return layout, builder
 
 
-def build_throughput(config: Config, world: World, vocab_size: int, iteration: int) -> Throughput:
+def build_throughput(config: Config, world: World, state: TrainState) -> Throughput:
     """The stopwatch of this run; measures a matrix product where no data sheet gives the device's peak."""
     training, size = config.training, config.size
-    padded = padded_vocab_size(vocab_size, size.make_vocab_size_divisible_by, world.tensor_size)
+    padded = padded_vocab_size(state.vocab_size, size.make_vocab_size_divisible_by, world.tensor_size)
     peak, _ = device.peak_flops(getattr(torch, compute_type(training)))
-    assert training.global_batch_size is not None
+    left = training.train_iters - state.iteration
     return Throughput(
         flops_per_token=flops_per_token(size, training.seq_length, padded),
-        tokens_per_step=training.global_batch_size * training.seq_length,
+        tokens_per_sample=training.seq_length,
         devices=world.size,
         peak_flops=peak,
-        train_iters=training.train_iters,
-        iteration=iteration,
+        total_samples=batch_sizes(training).consumed_after(left, state.consumed_samples),
+        iteration=state.iteration,
+        samples=state.consumed_samples,
     )
 
 
@@ -126,7 +129,9 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         world=world,
         model=model,
         optimizer=optimizer,
-        loader=TrainLoader(prepared.ledger, prepared.datasets, layout, builder, state.consumed_samples),
+        loader=TrainLoader(
+            prepared.ledger, prepared.datasets, layout, builder, state.consumed_samples, batch_sizes(config.training)
+        ),
         source_names=[source.name for source in sources],
         loss_sums=torch.zeros(len(sources), 2, dtype=torch.float64, device=world.device),
         token_sums=torch.tensor(tokens_before, dtype=torch.float64, device=world.device),
@@ -136,7 +141,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         byte_lengths=prepared.tokenizer.byte_lengths(),
         state=state,
         recorder=MetricRecorder(device=world.device),
-        throughput=build_throughput(config, world, state.vocab_size, state.iteration),
+        throughput=build_throughput(config, world, state),
         sinks=open_sinks(config, state.iteration) if world.rank == 0 else Sinks([]),
         stop_request=stop_request,
         write_extras=lambda folder: prepared.tokenizer.save(folder / TOKENIZER_FOLDER),

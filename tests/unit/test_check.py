@@ -9,14 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_steel.config.check import (
-    check,
-    check_batch,
-    data_parallel_size,
-    divisors_near,
-    padded_vocab_size,
-    virtual_chunks,
-)
+from megatron_steel.config.check import check, data_parallel_size, divisors_near, padded_vocab_size, virtual_chunks
 from megatron_steel.config.load import apply, parse
 from megatron_steel.config.schema import Config
 
@@ -202,37 +195,6 @@ def test_divisors_near_divide_and_are_nearest(number: int, wish: int) -> None:
     assert 1 <= len(near) <= 2 and all(number % d == 0 for d in near)
     distance = min(abs(d - wish) for d in range(1, number + 1) if number % d == 0)
     assert abs(near[0] - wish) == distance
-
-
-@pytest.mark.parametrize(
-    ("micro", "ranks", "wish", "result"),
-    [(2, 4, None, 8), (2, 4, 8, 8), (2, 4, 24, 24), (1, 1, 512, 512)],
-)
-def test_batch_arithmetic(micro: int, ranks: int, wish: int | None, result: int) -> None:
-    config = build(micro_batch_size=micro, global_batch_size=wish)
-    check(config, ranks)
-    assert config.training.global_batch_size == result
-
-
-@pytest.mark.parametrize(
-    ("wish", "way_out"), [(20, "use 16 or 24"), (9, "use 8 or 16"), (5, "a whole number; use 8"), (1, "number; use 8")]
-)
-def test_batch_error_names_the_neighbours(wish: int, way_out: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        check_batch(build(micro_batch_size=2, global_batch_size=wish), 4)
-    assert f"--global-batch-size {wish} is not --micro-batch-size 2 x 4 data-parallel ranks" in str(caught.value)
-    assert str(caught.value).endswith(way_out)
-
-
-@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 200))
-def test_batch_way_out_is_accepted(micro: int, ranks: int, wish: int) -> None:
-    config = build(micro_batch_size=micro, global_batch_size=wish)
-    try:
-        check_batch(config, ranks)
-        assert wish % (micro * ranks) == 0
-    except ValueError as error:
-        for way_out in str(error).rsplit("use ", 1)[1].split(" or "):
-            check_batch(build(micro_batch_size=micro, global_batch_size=int(way_out)), ranks)
 
 
 def test_interleaving_needs_whole_rounds_of_stages() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_steel.config.rampup import BatchSizes
 from megatron_steel.data.order import Ledger, SourceSpec
 from megatron_steel.data.phases import Phase, Request, Weighting, arrange, parse_phases
 
@@ -284,15 +285,18 @@ def test_every_step_of_three_sources_can_be_the_last() -> None:
 # ---- parsing -----------------------------------------------------------------------------------------------------
 
 
+EIGHT = BatchSizes(final=8).consumed_after
+
+
 def test_phases_are_read_in_samples() -> None:
     values = ["start_samples=100 a=1", "start_iteration=20 'my web'=0.5 lang=zh/wiki=2", "start_tokens=2e6 a=1 b=0"]
-    assert parse_phases(values, seq_length=1000, global_batch_size=8) == [
+    assert parse_phases(values, 1000, EIGHT) == [
         Phase(100, {"a": 1.0}),
         Phase(160, {"my web": 0.5, "lang=zh/wiki": 2.0}),
         Phase(2000, {"a": 1.0, "b": 0.0}),
     ]
-    assert parse_phases(["start_tokens=2001 a=1"], 1000, 8)[0].start == 3
-    assert parse_phases([], 1000, 8) == []
+    assert parse_phases(["start_tokens=2001 a=1"], 1000, EIGHT)[0].start == 3
+    assert parse_phases([], 1000, EIGHT) == []
 
 
 @pytest.mark.parametrize(
@@ -315,5 +319,5 @@ def test_phases_are_read_in_samples() -> None:
 )
 def test_bad_phases_are_refused(values: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
-        parse_phases(values, 1000, 8)
+        parse_phases(values, 1000, EIGHT)
     assert "\n" not in str(raised.value)
