@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pool import WorkerPool
 from tiny_run import Trace, largest_relative, open_session, options, take_steps, work_train, write_data
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_steel.evaluate.heldout import evaluate
-from megatron_steel.model.fully_sharded import is_sharded
+from megatron_steel.model.fully_sharded import is_sharded, local_shard
 from megatron_steel.train.loop import save
 
 FSDP = {"use_torch_fsdp2": True, "transformer_impl": "torch"}
@@ -105,3 +107,30 @@ def test_evaluation_and_bfloat16(pool: WorkerPool, prefix: str) -> None:
         assert losses == pytest.approx(their_losses, rel=1e-4) and row["loss"] == pytest.approx(
             their_row["loss"], rel=1e-4
         )
+
+
+def work_bad_gradient(flat: dict[str, Any]) -> list[tuple[bool, int]]:
+    """Three steps, the second with NaN in a gradient of the last rank: whether weights moved, how many were skipped."""
+    rows = []
+    with open_session(flat) as session:
+        (model,) = session.model.language_models()
+        for number in range(3):
+            before = [local_shard(parameter).clone() for parameter in model.parameters()]
+            bad = number == 1 and session.world.rank == session.world.size - 1
+            handle = model.decoder.register_forward_hook(spoil) if bad else None
+            take_steps(session, 1, Trace())
+            if handle is not None:
+                handle.remove()
+            after = [local_shard(parameter) for parameter in model.parameters()]
+            same = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+            rows.append((not same, session.state.skipped_iterations))
+    return rows
+
+
+def spoil(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+    output.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+
+
+def test_bad_gradient_on_one_rank_is_skipped_by_all(pool: WorkerPool, prefix: str) -> None:
+    for rows in pool.run(2, work_bad_gradient, options(prefix, FSDP, lr_warmup_iters=0), join=False):
+        assert rows == [(True, 0), (False, 1), (True, 1)]
