@@ -10,7 +10,8 @@
 #   TOKENIZER_MODEL  tokenizer folder DATA_PATH was encoded with (unset: the bundled one)
 #   VALID_DATA_PATH  "name=PREFIX name=PREFIX"; unset with DATA_PATH: a split of it
 #   MODEL TRAIN_ITERS SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR WARMUP_ITERS SAVE_INTERVAL EVAL_INTERVAL
-#   GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+#   GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT; RANKS_PER_NODE without GPUs (2)
+#   STEPS            of "data train export" (all): which part of it to do
 # Started again with the same OUTPUT_DIR it goes on from the newest checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,6 +20,7 @@ source examples/_environment.sh
 OUTPUT_DIR=${OUTPUT_DIR:-runs/pretrain_1b}
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-0}
 SAMPLE=examples/data
+STEPS=${STEPS:-data train export}
 GPUS_PER_NODE=${GPUS_PER_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
 
 if [ "$GPUS_PER_NODE" -gt 0 ]; then
@@ -30,7 +32,7 @@ if [ "$GPUS_PER_NODE" -gt 0 ]; then
   DEVICE_FLAGS=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
   echo "GPUs found: $RANKS on each of $NNODES node(s). Training $MODEL."
 else
-  RANKS=2
+  RANKS=${RANKS_PER_NODE:-2}
   MODEL=${MODEL:-steel_tiny} SEQ_LENGTH=${SEQ_LENGTH:-256} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-4}
   GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-8} LR=${LR:-3e-3} MIN_LR=${MIN_LR:-1e-4} WARMUP_ITERS=${WARMUP_ITERS:-30}
   TRAIN_ITERS=${TRAIN_ITERS:-500} SAVE_INTERVAL=${SAVE_INTERVAL:-100} EVAL_INTERVAL=${EVAL_INTERVAL:-100}
@@ -39,16 +41,22 @@ else
   echo "No GPU: the same recipe at $MODEL size on the bundled sample corpus with $RANKS CPU ranks."
 fi
 
+wants() { [[ " $STEPS " == *" $1 "* ]]; }
+
 DATA_DIR=$OUTPUT_DIR/data
 if [ -z "${DATA_PATH:-}" ]; then
   [ "$GPUS_PER_NODE" -gt 0 ] && echo "DATA_PATH is not set: using the bundled sample corpus, which only shows that all works."
   TOKENIZER_MODEL=$SAMPLE/tokenizer
+  mkdir -p "$DATA_DIR"
+  # Nodes may share the folder: the first to have the lock writes, the others wait and find it done.
+  exec {lock}> "$DATA_DIR/.lock"
+  ! command -v flock > /dev/null || flock "$lock"
   for name in train valid_zh valid_en; do
-    [ -f "$DATA_DIR/${name}_text_document.idx" ] && continue
-    mkdir -p "$DATA_DIR"
+    ! wants data || [ -f "$DATA_DIR/${name}_text_document.idx" ] && continue
     "$PYTHON" tools/preprocess_data.py --input "$SAMPLE/$name.jsonl" --output-prefix "$DATA_DIR/$name" \
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER_MODEL" --append-eod --workers 2
   done
+  exec {lock}>&-
   DATA_FLAGS=(--train-data-path "$DATA_DIR/train_text_document"
     --valid-data-path "zh=$DATA_DIR/valid_zh_text_document" "en=$DATA_DIR/valid_en_text_document")
   # A sample corpus is small on purpose: repeating it is fine, and a long default run stops after a few epochs of it.
@@ -82,13 +90,15 @@ else
   LAUNCH+=(--standalone)
 fi
 
-echo "--- pretrain"
-# torchrun would set one thread and print a page about it.
-THREADS=$(($(nproc) / RANKS))
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))} "$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m megatron_steel.pretrain \
-  --tokenizer-model "$TOKENIZER_MODEL" "${DATA_FLAGS[@]}" \
-  "${TRAINING_FLAGS[@]}" "${CHECKPOINT_FLAGS[@]}" "${LOG_FLAGS[@]}" "$@"
-[ "$NODE_RANK" -eq 0 ] || exit 0
+if wants train; then
+  echo "--- pretrain"
+  # torchrun would set one thread and print a page about it.
+  THREADS=$(($(nproc) / RANKS))
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))} "$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m megatron_steel.pretrain \
+    --tokenizer-model "$TOKENIZER_MODEL" "${DATA_FLAGS[@]}" \
+    "${TRAINING_FLAGS[@]}" "${CHECKPOINT_FLAGS[@]}" "${LOG_FLAGS[@]}" "$@"
+fi
+wants export && [ "$NODE_RANK" -eq 0 ] || exit 0
 
 if [ -z "${DATA_PATH:-}" ]; then
   echo "--- evaluate"
