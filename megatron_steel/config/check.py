@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_steel.config.check_batch import check_batch
+from megatron_steel.config.check_context import check_context
 from megatron_steel.config.check_experts import check_experts
 from megatron_steel.config.check_fsdp import check_fsdp
 from megatron_steel.config.check_latent import check_latent
@@ -48,6 +49,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_overlap(config)
     check_fsdp(config, data_parallel_size(config, world_size))
     check_documents(config)
+    check_context(config)
     check_checkpoint(config)
     return settings_without_effect(config, world_size)
 
@@ -68,7 +70,10 @@ def check_positive(config: Config) -> None:
         (config.size, ("rotary_base_local", "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping")),
         (config.size, ("soft_experts", "slots_per_expert", "mlp_div_ratio")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
-        (config.parallel, ("num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes")),
+        (
+            config.parallel,
+            ("context_parallel_size", "num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes"),
+        ),
         (config.data, ("max_epochs_per_source",)),
         (config.training, ("micro_batch_size", "global_batch_size", "seq_length", "train_iters", "exit_interval")),
         (config.training, ("exit_duration_in_mins",)),
@@ -200,12 +205,14 @@ def virtual_chunks(config: Config) -> int | None:
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Replicas of the model; ``ValueError`` when the ranks cannot be divided."""
     parallel = config.parallel
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * context
     if world_size % model_ranks:
+        shared = f" x --context-parallel-size {context}" if context > 1 else ""
         raise ValueError(
             f"{world_size} processes are not divisible by --tensor-model-parallel-size "
             f"{parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{parallel.pipeline_model_parallel_size} = {model_ranks}; start a multiple of {model_ranks} "
+            f"{parallel.pipeline_model_parallel_size}{shared} = {model_ranks}; start a multiple of {model_ranks} "
             f"(torchrun --nproc-per-node)"
         )
     return world_size // model_ranks
@@ -287,7 +294,8 @@ def settings_without_effect(config: Config, world_size: int) -> list[str]:
         notes.append("--full-attention-layers has no effect without --window-size")
     if parallel.num_layers_per_virtual_pipeline_stage and virtual_chunks(config) is None:
         notes.append("--num-layers-per-virtual-pipeline-stage has no effect: a stage holds no more layers than that")
-    if parallel.use_distributed_optimizer and data_parallel_size(config, world_size) == 1:
+    replicas = data_parallel_size(config, world_size) * parallel.context_parallel_size
+    if parallel.use_distributed_optimizer and replicas == 1:
         notes.append("--use-distributed-optimizer shards nothing on one data-parallel rank")
     resumes = config.checkpoint.auto_resume or (config.checkpoint.load and not config.checkpoint.finetune)
     for flag, given in (

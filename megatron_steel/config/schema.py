@@ -31,6 +31,8 @@ class ParallelConfig:
     """Ranks that share each layer."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages."""
+    context_parallel_size: int = 1
+    """Ranks that share each sample: each has the activations of two chunks of it, and gathers all keys and values."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per model chunk; switches on the interleaved pipeline schedule."""
     sequence_parallel: bool = False

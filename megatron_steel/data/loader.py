@@ -1,8 +1,8 @@
 """From sample numbers to this rank's micro-batches on its device.
 
 Which samples a rank takes is arithmetic (`BatchLayout`); what is in them is read by one background thread, one step
-ahead, on the first tensor-parallel rank of a pipeline stage that needs tokens. The main thread shares them with the
-other tensor-parallel ranks in one broadcast per step and cuts them into batches.
+ahead, on the first of the tensor- and context-parallel ranks of a pipeline stage that needs tokens. The main thread
+shares them with the others in one broadcast per step and cuts them into batches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_steel.config.rampup import BatchSizes
+from megatron_steel.data.context import cut
 from megatron_steel.data.documents import document_bounds, positions_from, row_bounds
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.windows import WindowedDataset
@@ -27,7 +28,7 @@ PADDING = -1
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """One micro-batch. Shapes: B samples of the micro-batch, S tokens of a sample.
+    """One micro-batch. Shapes: B samples of the micro-batch, S tokens of a sample (this context-parallel rank's).
 
     A rank that needs no tokens (the middle of a pipeline) has zeros that take no memory in place of the tensors;
     the two last fields are right on every rank.
@@ -46,7 +47,8 @@ class Batch:
     valid_tokens: int
     """Trained labels in this micro-batch (the sum of loss_mask_BS), known without a device."""
     cu_seqlens: torch.Tensor | None = None
-    """Packed documents: where attention begins anew in the rows joined end to end, and B * S; int32 (documents + 1,).
+    """Packed documents: where attention begins anew in the whole rows joined end to end, and their length; int32
+    (documents + 1,), the same on all context-parallel ranks.
     None: each row is one text, attended to as a whole, and positions count from its start."""
 
 
@@ -80,9 +82,11 @@ class BatchLayout:
 
 
 class BatchBuilder:
-    """Share the tokens of a step over the tensor-parallel group and turn them into batches on the device.
+    """Share the tokens of a step over a group of ranks and turn them into batches on the device.
 
-    tensor_group: ranks that get the same tokens; its first rank reads. None: every rank reads for itself.
+    tensor_group: ranks that get the same samples, tensor- and context-parallel; its first rank reads. None: every rank
+    reads for itself.
+    context_rank, context_size: which share of each sample's tokens this rank's batches hold (data/context.py).
     reads_data: False on pipeline stages that need no tokens. They still read under eod_mask_loss and for padded
     windows: the number of valid tokens then depends on the data, and every rank must know it.
     padded: windows may be shorter than seq_length + 1; the rest of their rows is token 0, without loss.
@@ -104,6 +108,8 @@ class BatchBuilder:
         reset_attention_mask: bool = False,
         reset_position_ids: bool = False,
         padded: bool = False,
+        context_rank: int = 0,
+        context_size: int = 1,
     ) -> None:
         for flag, given in (
             ("--eod-mask-loss", eod_mask_loss),
@@ -113,6 +119,7 @@ class BatchBuilder:
             if eod_id is None and given:
                 raise ValueError(f"{flag} needs a tokenizer with an end-of-document token")
         self.seq_length = seq_length
+        self.context_rank, self.context_size = context_rank, context_size
         self.group = tensor_group if tensor_group is not None and dist.get_world_size(tensor_group) > 1 else None
         self.is_reader = self.group is None or dist.get_rank(self.group) == 0
         self.packs = reset_attention_mask or reset_position_ids
@@ -155,11 +162,11 @@ class BatchBuilder:
         host: what `read` returned on this rank. sources: int64 (micro-batches, B). present: bool (micro-batches, B),
         False for padding. Called on the main thread of all ranks of the group, in the same order.
         """
-        counts = present.sum(axis=1) * self.seq_length
+        counts = present.sum(axis=1) * (self.seq_length // self.context_size)
         if self.equal_counts and not self.reads_data:
             return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
         data = self._share(host, present.shape)
-        tokens, labels = data[..., :-1].contiguous(), data[..., 1:].contiguous()
+        tokens, labels = self._cut(data[..., :-1]).contiguous(), self._cut(data[..., 1:]).contiguous()
         mask = torch.ones(tokens.shape, device=self.device)
         if not present.all():
             mask *= torch.from_numpy(present[..., None]).to(self.device)
@@ -172,10 +179,11 @@ class BatchBuilder:
             counts = self._count(host, present, mask)
         if not self.reads_data:
             return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
-        positions = torch.arange(self.seq_length, device=self.device).expand(tokens.shape)
+        positions = self._cut(torch.arange(self.seq_length, device=self.device)).expand(tokens.shape)
         bounds: list[torch.Tensor | None] = [None] * len(sources)
         if self.packs:
-            positions, bounds = self._documents((data.cpu() if host is None else host).numpy()[..., :-1])
+            whole, bounds = self._documents((data.cpu() if host is None else host).numpy()[..., :-1])
+            positions = self._cut(whole)
         return [
             Batch(
                 tokens_BS=tokens[i],
@@ -188,6 +196,10 @@ class BatchBuilder:
             )
             for i in range(len(sources))
         ]
+
+    def _cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens of whole rows [..., S]."""
+        return cut(whole, self.context_rank, self.context_size)
 
     def _documents(self, tokens: np.ndarray) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """(position ids as `tokens`, attention bounds of each micro-batch) of int64 (micro-batches, B, S).
@@ -221,11 +233,11 @@ class BatchBuilder:
         valid = (host[..., 1:].numpy() != PADDING) & present[..., None]
         if self.eod_mask_loss:
             valid &= host[..., :-1].numpy() != self.eod_id
-        return valid.sum(axis=(1, 2))
+        return self._cut(torch.from_numpy(valid)).sum(dim=(1, 2)).numpy()
 
     def _without_tokens(self, sources: np.ndarray, valid: int) -> Batch:
         """A batch of the right shapes for a rank that looks at none of its tensors."""
-        shape = (len(sources), self.seq_length)
+        shape = (len(sources), self.seq_length // self.context_size)
         nothing = torch.zeros((), dtype=torch.int64, device=self.device).expand(shape)
         return Batch(
             tokens_BS=nothing,

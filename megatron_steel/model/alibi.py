@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_steel.data.context import cut
 from megatron_steel.model.attention import TorchDotProductAttention
 
 EXTRA = 8
@@ -72,6 +73,18 @@ class DistanceAttention(TorchDotProductAttention):
         self.softmax_scale = scale
         self.factors = tuple(slope / scale for slope in slopes(heads)[first : first + each])
 
+    def key_positions(self, key: Tensor, packed: PackedSeqParams | None) -> Tensor:
+        """Position of each key of this rank, int64 [S] or [T]."""
+        ranks = self.context_group.size() if self.context_group is not None else 1
+        positions = torch.arange(key.shape[0] * ranks, device=key.device)
+        if packed is not None:
+            bounds = packed.cu_seqlens_kv.long()
+            positions = positions - bounds[:-1].repeat_interleave(bounds.diff(), output_size=len(positions))
+        if self.context_group is None:
+            return positions
+        rows = positions if packed is None else positions.view(-1, packed.max_seqlen_kv)
+        return cut(rows, self.context_group.rank(), ranks).flatten()
+
     def forward(
         self,
         query: Tensor,
@@ -85,10 +98,7 @@ class DistanceAttention(TorchDotProductAttention):
 
         Positions count from the first key, or from the beginning of each document.
         """
-        positions = torch.arange(key.shape[0], device=key.device)
-        if packed_seq_params is not None:
-            bounds = packed_seq_params.cu_seqlens_kv.long()
-            positions = positions - bounds[:-1].repeat_interleave(bounds.diff(), output_size=key.shape[0])
+        positions = self.key_positions(key, packed_seq_params)
         columns = key_channels(positions, key.dtype)
         columns = columns.view(-1, *[1] * (key.dim() - 2), EXTRA).expand(*key.shape[:-1], EXTRA)
         rows = query_channels(self.factors, query.dtype, query.device).expand(*query.shape[:-1], EXTRA)

@@ -10,6 +10,8 @@ documents, R rotated channels of a head (all per rank).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_steel.model.blocks import row_blocks
+from megatron_steel.model.context import context_attention, packed_context_attention
 from megatron_steel.model.packed import packed_attention
 from megatron_steel.model.rope import table_of
 from megatron_steel.model.window import causal_attention
@@ -46,7 +49,7 @@ class TorchDotProductAttention(torch.nn.Module):
     ) -> None:
         """Arguments are those megatron-core passes to any core attention; no parameters are created."""
         super().__init__()
-        assert config.context_parallel_size == 1 and config.softmax_type == "vanilla"
+        assert config.softmax_type == "vanilla"
         assert not config.apply_query_key_layer_scaling
         self.attn_mask_type = attn_mask_type
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -54,6 +57,20 @@ class TorchDotProductAttention(torch.nn.Module):
         self.window = config.window_size[0] + 1 if windowed else None
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.context_group = pg_collection.cp if pg_collection and config.context_parallel_size > 1 else None
+        assert (self.context_group is not None) == (config.context_parallel_size > 1)
+        self.attend: Callable[..., Tensor] = causal_attention
+
+    def over_ranks(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams | None) -> Tensor:
+        """Attention of this rank's chunks of a sample to all of it; shapes as in :meth:`forward`, or [T, 1, ...]."""
+        assert self.context_group is not None
+        dropout, scale, window = self.dropout if self.training else 0.0, self.softmax_scale, self.window
+        attend = functools.partial(self.attend, window=window, dropout=dropout, scale=scale)
+        if packed is None:
+            return context_attention(query, key, value, self.context_group, attend).flatten(2).contiguous()
+        joined = (x.flatten(0, -3) for x in (query, key, value))
+        out_TND = packed_context_attention(*joined, packed, self.context_group, attend)
+        return out_TND.view(query.shape).flatten(-2)
 
     def forward(
         self,
@@ -72,6 +89,8 @@ class TorchDotProductAttention(torch.nn.Module):
         of several documents, [T, N, D] and [T, G, D] -> [T, N * D], and each attends within its own.
         """
         assert attention_mask is None and attention_bias is None
+        if self.context_group is not None:
+            return self.over_ranks(query, key, value, packed_seq_params)
         dropout = self.dropout if self.training else 0.0
         if packed_seq_params is not None:
             out_TND = packed_attention(query, key, value, packed_seq_params, dropout, self.softmax_scale, self.window)
@@ -203,6 +222,9 @@ class TorchSelfAttention(SelfAttention):
         if self.local_rope is not None and rotary_pos_emb is not None:
             rotary_pos_emb = table_of(rotary_pos_emb, self.local_rope)
         if inference_context is not None or not self.is_plain(rotary_pos_emb):
+            if packed_seq_params is not None and self.config.context_parallel_size > 1:
+                # It would cut the angles of packed documents by itself, in another way; these are cut already.
+                packed_seq_params = replace(packed_seq_params, qkv_format="sbhd")
             return super().forward(
                 hidden_states,
                 attention_mask,

@@ -73,7 +73,7 @@ class SoftcapAttention(TorchDotProductAttention):
     def __init__(self, *args: Any, cap: float, **rest: Any) -> None:
         """``cap``: largest score; other arguments are those of :class:`TorchDotProductAttention`."""
         super().__init__(*args, **rest)
-        self.cap = cap
+        self.attend = functools.partial(capped_attention, cap=cap)
 
     def forward(
         self,
@@ -90,8 +90,9 @@ class SoftcapAttention(TorchDotProductAttention):
         Without a mask, that is for one new token against a cache, it is the last position; causal means the same then.
         """
         assert attention_mask is None and attention_bias is None
-        dropout = self.dropout if self.training else 0.0
-        attend = functools.partial(capped_attention, cap=self.cap)
+        if self.context_group is not None:
+            return self.over_ranks(query, key, value, packed_seq_params)
+        dropout, attend = self.dropout if self.training else 0.0, self.attend
         if packed_seq_params is not None:
             bounds = packed_seq_params.cu_seqlens_q.tolist()
             out_TND = document_attention(query, key, value, bounds, dropout, self.softmax_scale, self.window, attend)

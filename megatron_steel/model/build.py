@@ -136,7 +136,7 @@ def wrap_data_parallel(
 ) -> list[MegatronModule]:
     """megatron-core's data parallelism: gradients in one flat buffer (fp32 but in pure bf16), summed over replicas."""
     parallel = config.parallel
-    bucket = max(BUCKET_PARAMETERS, BUCKET_PARAMETERS_PER_RANK * world.data_size)
+    bucket = max(BUCKET_PARAMETERS, BUCKET_PARAMETERS_PER_RANK * world.data_size * world.context_size)
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not config.training.pure_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

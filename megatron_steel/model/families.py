@@ -108,6 +108,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         # The loss is divided by the number of tokens of the whole step before the first backward pass; megatron-core
         # must neither average over micro-batches nor over replicas.
         calculate_per_token_loss=True,

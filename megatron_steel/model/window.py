@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 QUERIES = 256
 """Queries at a time at least: fewer would cost more calls than they save keys."""
@@ -24,28 +25,33 @@ def window_mask(queries: range, keys: range, window: int | None, device: torch.d
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, window: int | None, dropout: float, scale: float | None
 ) -> Tensor:
-    """query [B, N, S, D], key and value [B, G, S, D] -> [B, N, S, D].
+    """query [B, N, Q, D], key and value [B, G, K, D] -> [B, N, Q, D]; the queries are the last Q of K positions.
 
-    The kernels know no window, and a mask over the whole sequence would cost S * S: a few queries at a time see no more
-    keys than that and the window. A sequence no longer than the window is plain causal attention.
+    The kernels know no window, and a mask over the whole sequence would cost Q * K: a few queries at a time see no more
+    keys than those up to themselves and the window. A sequence no longer than the window is plain causal attention.
     """
-    length, options = query.shape[2], {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-    if window is None or length <= window:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, **options)
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    options = {"dropout_p": dropout, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    if window is None or key.shape[2] <= window:
+        if before == 0:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        if not query.is_cpu:
+            seen: Tensor = causal_lower_right(length, key.shape[2])
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, **options)
+        window = None
     outputs = []
-    step = max(window, QUERIES)
+    step = max(window or 0, QUERIES)
     for begin in range(0, length, step):
-        queries = range(begin, min(begin + step, length))
-        keys = range(max(0, begin - window + 1), queries.stop)
-        seen = window_mask(queries, keys, window, query.device)
+        end = min(begin + step, length)
+        queries = range(before + begin, before + end)
+        keys = range(0 if window is None else max(0, queries.start - window + 1), queries.stop)
         part = slice(keys.start, keys.stop)
         outputs.append(
             F.scaled_dot_product_attention(
-                query[:, :, begin : queries.stop],
+                query[:, :, begin:end],
                 key[:, :, part],
                 value[:, :, part],
-                attn_mask=seen,
-                dropout_p=dropout,
+                attn_mask=window_mask(queries, keys, window, query.device),
                 **options,
             )
         )

@@ -36,14 +36,14 @@ def token_share(losses_BS: Tensor, batch: Batch, step_tokens: int) -> LossOutput
     return by_sample_B.sum() / step_tokens, torch.zeros((), dtype=torch.int), report
 
 
-def packed_documents(batch: Batch) -> PackedSeqParams | None:
+def packed_documents(batch: Batch, context_size: int = 1) -> PackedSeqParams | None:
     """How attention is to be cut in a micro-batch; None where each row is one text.
 
     The greatest length is that of a row, which no document exceeds: the same number in each step asks no device.
     """
     if batch.cu_seqlens is None:
         return None
-    longest = batch.tokens_BS.shape[1]
+    longest = batch.tokens_BS.shape[1] * context_size
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -53,16 +53,19 @@ def packed_documents(batch: Batch) -> PackedSeqParams | None:
     )
 
 
-def forward_step(step_tokens: int) -> Callable[[Iterator[Batch], Any], tuple[Tensor, Callable[[Tensor], LossOutput]]]:
+def forward_step(
+    step_tokens: int, context_size: int
+) -> Callable[[Iterator[Batch], Any], tuple[Tensor, Callable[[Tensor], LossOutput]]]:
     """The function megatron-core's schedules call for each micro-batch of one optimizer step.
 
-    ``step_tokens`` is the number of tokens that count in the whole step over all replicas.
+    ``step_tokens`` is the number of tokens that count in the whole step over all replicas, ``context_size`` the number
+    of ranks that share a sample.
     """
 
     def step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
         batch = next(batches)
         inputs = (batch.tokens_BS, batch.position_ids_BS, batch.labels_BS)
-        packed = packed_documents(batch)
+        packed = packed_documents(batch, context_size)
         if packed is None:
             tokens, positions, labels = inputs
             losses = model(tokens, positions, None, labels=labels)
@@ -79,14 +82,14 @@ def run_micro_batches(
 ) -> list[dict[str, Tensor]]:
     """Run all micro-batches through the pipeline; on the last stage, one dictionary of sums for each.
 
-    Their rows of ``seq_length`` go through the model joined to one where documents are packed: all do, or none.
+    Their whole rows of ``seq_length`` are joined to one where documents are packed: all are, or none.
     """
     rows, joined = len(batches[0].tokens_BS), batches[0].cu_seqlens is not None
     assert all((batch.cu_seqlens is not None) == joined for batch in batches)
     iterators = [iter(batches) for _ in model.chunks]
     single = len(model.chunks) == 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step(step_tokens),
+        forward_step_func=forward_step(step_tokens, model.options.context_parallel_size),
         data_iterator=iterators[0] if single else iterators,
         model=model.chunks[0] if single else model.chunks,
         num_microbatches=len(batches),
@@ -97,9 +100,9 @@ def run_micro_batches(
 
 
 def sum_over_ranks(world: World, sums: Tensor) -> Tensor:
-    """Sum a tensor over replicas and pipeline stages, in place; stages without a loss hold zeros."""
-    for size, group in ((world.data_size, world.data_group), (world.pipeline_size, world.pipeline_group)):
-        if size > 1:
+    """Sum a tensor over tokens' ranks and pipeline stages, in place; stages without a loss hold zeros."""
+    for group in (world.data_context_group, world.pipeline_group):
+        if group.size() > 1:
             torch.distributed.all_reduce(sums, group=group)
     return sums
 
@@ -107,11 +110,11 @@ def sum_over_ranks(world: World, sums: Tensor) -> Tensor:
 def count_tokens(world: World, batches: Sequence[Batch], equal_ranks: bool) -> int:
     """Tokens of the whole step that count in the loss, over all replicas.
 
-    ``equal_ranks`` says that every replica has as many, which saves the question.
+    ``equal_ranks`` says that every rank that has other tokens has as many, which saves the question.
     """
-    mine = valid_tokens(batches)
-    if equal_ranks or world.data_size == 1:
-        return mine * world.data_size
+    mine, ranks = valid_tokens(batches), world.data_size * world.context_size
+    if equal_ranks or ranks == 1:
+        return mine * ranks
     count = torch.tensor(mine, device=world.device)
-    torch.distributed.all_reduce(count, group=world.data_group)
+    torch.distributed.all_reduce(count, group=world.data_context_group)
     return int(count.item())

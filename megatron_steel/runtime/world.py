@@ -51,6 +51,8 @@ class World:
     """Ranks that hold the same weights and get other samples."""
     data_context_group: dist.ProcessGroup
     """Ranks that hold the same weights and get other tokens: over these gradients and losses are summed."""
+    sample_group: dist.ProcessGroup
+    """Tensor- and context-parallel ranks of a pipeline stage: they work on the same samples."""
     expert_rank: int
     expert_size: int
     expert_group: dist.ProcessGroup
@@ -133,6 +135,7 @@ def start(
         data_size=parallel_state.get_data_parallel_world_size(),
         data_group=parallel_state.get_data_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        sample_group=parallel_state.get_tensor_and_context_parallel_group(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_group=parallel_state.get_expert_model_parallel_group(),

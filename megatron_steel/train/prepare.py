@@ -11,6 +11,7 @@ from megatron_steel.checkpoint.converted import tokenizer_facts
 from megatron_steel.checkpoint.files import find_checkpoint, problem_with, published
 from megatron_steel.checkpoint.state import TrainState, read_state
 from megatron_steel.config.check import check
+from megatron_steel.config.check_context import check_context_backend
 from megatron_steel.config.check_precision import check_same_precision
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.rampup import batch_sizes
@@ -228,6 +229,7 @@ def prepare(config: Config) -> Prepared:
     warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     backend = choose_backend(config.parallel.transformer_impl, config.size)
     check_fp8(config.training.fp8_format, *backend)
+    check_context_backend(config, backend[0])
     if config.size.decoder_layer is not None:
         load_layer_function(config.size.decoder_layer)
     check_packages(config)

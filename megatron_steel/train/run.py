@@ -77,7 +77,7 @@ def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[Batc
     )
     builder = BatchBuilder(
         seq_length=training.seq_length,
-        tensor_group=world.tensor_group,
+        tensor_group=world.sample_group,
         reads_data=world.pipeline_rank in (0, world.pipeline_size - 1),
         device=world.device,
         eod_id=eod_id,
@@ -85,6 +85,8 @@ def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[Batc
         reset_attention_mask=config.data.reset_attention_mask,
         reset_position_ids=config.data.reset_position_ids,
         padded=config.data.sequence_mode != "concat",
+        context_rank=world.context_rank,
+        context_size=world.context_size,
     )
     return layout, builder
 
@@ -162,6 +164,7 @@ def run(prepared: Prepared) -> int:
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_chunks(config),
+        context_parallel_size=config.parallel.context_parallel_size,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.data.seed,
     )

@@ -64,7 +64,8 @@ def train_step(
     optimizer.zero_grad()
     if model.options.num_moe_experts is not None:
         prepare_balance(model.chunks, len(batches))
-    outputs = run_micro_batches(model, batches, step_tokens, batches[0].tokens_BS.shape[1], forward_only=False)
+    seq_length = batches[0].tokens_BS.shape[1] * world.context_size
+    outputs = run_micro_batches(model, batches, step_tokens, seq_length, forward_only=False)
     set_rates(optimizer, lr, weight_decay)
     grad_norm, updated = update(optimizer, clip_grad)
     loss_sums = sum_losses(world, outputs, batches, sources)

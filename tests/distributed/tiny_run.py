@@ -59,6 +59,7 @@ class Layout:
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
@@ -73,6 +74,11 @@ LAYOUTS: dict[str, Layout] = {
     "dp2-overlapped": Layout(ranks=2, flags=OVERLAPPED),
     "tp2-pp2": Layout(ranks=4, flags={**TP2, **PP2}),
     "tp2-dp2-sharded": Layout(ranks=4, flags={**TP2, **SHARDED}),
+    "cp2": Layout(ranks=2, flags=CP2),
+    "cp4": Layout(ranks=4, flags={"context_parallel_size": 4}),
+    "cp2-tp2-sp": Layout(ranks=4, flags={**CP2, **TP2, "sequence_parallel": True}),
+    "cp2-pp2": Layout(ranks=4, flags={**CP2, **PP2}),
+    "cp2-dp2-overlapped": Layout(ranks=4, flags={**CP2, **OVERLAPPED}),
 }
 
 
@@ -131,6 +137,7 @@ def start_world(flat: dict[str, Any]) -> World:
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_chunks(config),
+        context_parallel_size=config.parallel.context_parallel_size,
         timeout_minutes=1.0,
         seed=config.data.seed,
     )

@@ -135,7 +135,7 @@ def test_advice_names_flags_that_exist() -> None:
 
 def test_table_takes_no_underscores() -> None:
     assert [flag for flag in KNOWN_FLAGS if "_" in flag or flag.startswith("-")] == []
-    assert unknown_option("context_parallel_size", "x").startswith("x: --context-parallel-size is a Megatron-LM flag")
+    assert unknown_option("cp_comm_type", "x").startswith("x: --cp-comm-type is a Megatron-LM flag")
 
 
 if __name__ == "__main__":
