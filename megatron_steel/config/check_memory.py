@@ -6,6 +6,10 @@ from megatron_steel.config.families.steel import is_soft
 from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import Config, ModelConfig
 
+# Defaults of --cross-entropy-chunk-size: bytes of fp32 logits above which they are computed in parts, tokens of a part.
+# Parts take a third more work in the head, and a few hundred MiB for a vocabulary of 150,000.
+LARGE_LOGITS = 4 * 2**30
+CHUNK = 512
 MODULES = ("core_attn", "mlp", "moe", "shared_experts", "mla_up_proj")
 # megatron-core has these too.
 REFUSED = {
@@ -27,6 +31,13 @@ def layers_of_chunk(config: Config) -> int:
     return min(parallel.num_layers_per_virtual_pipeline_stage or stage, stage)
 
 
+def tokens_at_once(chunk: int | None, tokens: int, rows: int) -> int:
+    """Of ``tokens`` in a micro-batch, those whose logits exist at once, with ``rows`` of the vocabulary on a rank."""
+    if chunk is None:
+        return tokens if 4 * tokens * rows <= LARGE_LOGITS else min(tokens, CHUNK)
+    return min(chunk, tokens) or tokens
+
+
 def missing_module(size: ModelConfig, name: str) -> str | None:
     """What a model would need for a module to be there; None where it is."""
     experts = [has_experts(size, layer) for layer in range(size.num_layers)]
@@ -44,6 +55,8 @@ def missing_module(size: ModelConfig, name: str) -> str | None:
 def check_memory(config: Config) -> None:
     """What is recomputed must exist and be divisible; completes the options of full recomputation in place."""
     memory = config.memory
+    if memory.cross_entropy_chunk_size is not None and memory.cross_entropy_chunk_size < 0:
+        raise ValueError(f"--cross-entropy-chunk-size must be 0 or more, not {memory.cross_entropy_chunk_size}")
     if memory.recompute_granularity == "full":
         check_full(config)
     elif memory.recompute_granularity == "selective":

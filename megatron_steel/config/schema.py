@@ -151,6 +151,8 @@ class MemoryConfig:
     """Layers per unit of uniform, of which only the input is kept, or layers of block; 1 when unset."""
     recompute_modules: list[str] = field(default_factory=list)
     """With selective: core_attn (when empty), mlp, moe, shared_experts, mla_up_proj."""
+    cross_entropy_chunk_size: int | None = None
+    """Tokens whose logits exist at once; 0: all. Unset: all of a micro-batch up to 4 GiB in fp32, above that 512."""
 
 
 @dataclass(kw_only=True)

@@ -20,11 +20,11 @@ from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.rope import longest_sequence
 from megatron_steel.config.schema import Config
 from megatron_steel.model.backends import build_provider, choose_backend
-from megatron_steel.model.cross_entropy import cross_entropy
-from megatron_steel.model.embedding import add_embedding_scale, add_final_softcap, add_stable_embedding
+from megatron_steel.model.embedding import add_embedding_scale, add_stable_embedding
 from megatron_steel.model.families import transformer_config
 from megatron_steel.model.fully_sharded import FullyShardedModel
 from megatron_steel.model.initialize import initialize_weights
+from megatron_steel.model.output import set_output_layer
 from megatron_steel.model.rope import add_rotary_table
 from megatron_steel.model.spec import layer_spec
 from megatron_steel.runtime.world import World
@@ -35,13 +35,11 @@ BUCKET_PARAMETERS_PER_RANK = 1_000_000
 
 
 class LanguageModel(GPTModel):
-    """megatron-core's GPT with a loss that ignores vocabulary padding and rotary angles that follow ``position_ids``.
+    """megatron-core's GPT with the loss of our output layer and rotary angles that follow ``position_ids``.
 
     The latter for packed documents only: megatron-core counts positions from the start of each by itself, whatever
     the position ids say. Every pipeline stage needs the position ids then.
     """
-
-    valid_vocab: int
 
     def _preprocess(
         self, position_ids: Tensor, packed_seq_params: PackedSeqParams | None = None, **rest: Any
@@ -53,9 +51,12 @@ class LanguageModel(GPTModel):
         # Angles by token are what megatron-core's own rotation takes too, as long as their number is that of tokens.
         return (inputs[0], inputs[1].index_select(0, position_ids.flatten()), *inputs[2:])
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [B, S], logits [S, B, V / TP] (overwritten) -> loss per token [B, S], fp32."""
-        losses_SB = cross_entropy(logits, labels.transpose(0, 1), self.valid_vocab, self.pg_collection.tp)
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
+        """hidden_states [S, B, H] -> fp32 losses [B, S] of ``labels`` [B, S]; without them, as in megatron-core."""
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        losses_SB, _ = self.output_layer(hidden_states, weight=tied, labels_SB=labels.transpose(0, 1))
         # Not a view: a fully sharded model hangs the start of its backward pass on what it returns.
         return losses_SB.transpose(0, 1).clone()
 
@@ -119,14 +120,14 @@ def build_chunk(
         rotary_base=size.rotary_base,  # type: ignore[arg-type]
         vp_stage=stage,
     )
-    model.valid_vocab = vocab_size
     add_rotary_table(model, size)
     if first and size.stable_embedding:
         add_stable_embedding(model, size, options)
     if first and size.embedding_scale:
         add_embedding_scale(model, size.hidden_size)
-    if last and size.final_logit_softcapping is not None:
-        add_final_softcap(model, size.final_logit_softcapping)
+    if last:
+        chunk = config.memory.cross_entropy_chunk_size
+        set_output_layer(model, vocab_size, size.final_logit_softcapping, chunk)
     initialize_weights(model, size, vocab_size, config.data.seed, world.tensor_group)
     return model
 

@@ -14,6 +14,55 @@ from torch.distributed import ProcessGroup
 from megatron_steel.model.blocks import row_blocks
 
 
+def first_row(rows: int, group: ProcessGroup | None) -> int:
+    """Number of the first of this rank's ``rows`` in the whole vocabulary."""
+    return rows * group.rank() if group is not None and group.size() > 1 else 0
+
+
+def widen(logits_SBV: Tensor, valid: int, group: ProcessGroup | None) -> Tensor:
+    """The logits in fp32, in their own memory if they are, with minus infinity in the padding rows."""
+    exact_SBV = logits_SBV.float() if logits_SBV.dtype != torch.float32 else logits_SBV.detach()
+    rows = exact_SBV.shape[-1]
+    first = first_row(rows, group)
+    if first + rows > valid:
+        exact_SBV[..., max(valid - first, 0) :] = -torch.inf
+    return exact_SBV
+
+
+def local_labels(labels_SB: Tensor, rows: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Labels [S, B, 1] counted from this rank's first row, inside its rows; and whether they are its own."""
+    local_SB1 = (labels_SB - first_row(rows, group)).unsqueeze(-1)
+    return local_SB1.clamp(0, rows - 1), (local_SB1 >= 0) & (local_SB1 < rows)
+
+
+def exponentials(logits_SBV: Tensor, labels_SB: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite fp32 logits with exp(logit - peak) -> (logit of the label - peak, sum of all, peak), each [S, B, 1].
+
+    The peak is the largest logit, the sum that over the whole vocabulary: collective over ``group``.
+    """
+    parallel = group is not None and group.size() > 1
+    peak_SB1 = logits_SBV.amax(-1, keepdim=True)
+    if parallel:
+        torch.distributed.all_reduce(peak_SB1, torch.distributed.ReduceOp.MAX, group=group)
+    local_SB1, here_SB1 = local_labels(labels_SB, logits_SBV.shape[-1], group)
+    target_SB1, total_SB1 = torch.empty_like(peak_SB1), torch.empty_like(peak_SB1)
+    for exp, peak, local, target, total in row_blocks(logits_SBV, peak_SB1, local_SB1, target_SB1, total_SB1):
+        torch.gather(exp.sub_(peak), -1, local, out=target)
+        torch.sum(exp.exp_(), -1, keepdim=True, out=total)
+    if parallel:
+        target_SB1.masked_fill_(~here_SB1, 0.0)
+        both = torch.cat((target_SB1, total_SB1), -1)
+        torch.distributed.all_reduce(both, group=group)
+        target_SB1, total_SB1 = both.split(1, -1)
+    return target_SB1, total_SB1, peak_SB1
+
+
+def gradient(exp_SBV: Tensor, total_SB1: Tensor, local_SB1: Tensor, here_SB1: Tensor, grad_SB1: Tensor) -> None:
+    """Overwrite exp(logit - peak) with the gradient of the logits: (softmax - one_hot(label)) * incoming gradient."""
+    exp_SBV.mul_(grad_SB1 / total_SB1)
+    exp_SBV.scatter_add_(-1, local_SB1, -grad_SB1 * here_SB1)
+
+
 class VocabParallelCrossEntropy(torch.autograd.Function):
     """Loss per token from logits whose last axis is this rank's share of the vocabulary.
 
@@ -24,28 +73,9 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_SBV: Tensor, labels_SB: Tensor, valid: int, group: ProcessGroup | None) -> Tensor:
         """See :func:`cross_entropy`."""
-        parallel = group is not None and group.size() > 1
-        rows = logits_SBV.shape[-1]
-        first = rows * group.rank() if parallel and group is not None else 0
-        exp_SBV = logits_SBV.float() if logits_SBV.dtype != torch.float32 else logits_SBV.detach()
-        if first + rows > valid:
-            exp_SBV[..., max(valid - first, 0) :] = -torch.inf
-        peak_SB1 = exp_SBV.amax(-1, keepdim=True)
-        if parallel:
-            torch.distributed.all_reduce(peak_SB1, torch.distributed.ReduceOp.MAX, group=group)
-        local_SB1 = (labels_SB - first).unsqueeze(-1)
-        here_SB1 = (local_SB1 >= 0) & (local_SB1 < rows)
-        local_SB1 = local_SB1.clamp(0, rows - 1)
-        target_SB1, total_SB1 = torch.empty_like(peak_SB1), torch.empty_like(peak_SB1)
-        for exp, peak, local, target, total in row_blocks(exp_SBV, peak_SB1, local_SB1, target_SB1, total_SB1):
-            torch.gather(exp.sub_(peak), -1, local, out=target)
-            torch.sum(exp.exp_(), -1, keepdim=True, out=total)
-        if parallel:
-            target_SB1.masked_fill_(~here_SB1, 0.0)
-            both = torch.cat((target_SB1, total_SB1), -1)
-            torch.distributed.all_reduce(both, group=group)
-            target_SB1, total_SB1 = both.split(1, -1)
-        ctx.save_for_backward(exp_SBV, total_SB1, local_SB1, here_SB1)
+        exp_SBV = widen(logits_SBV, valid, group)
+        target_SB1, total_SB1, _ = exponentials(exp_SBV, labels_SB, group)
+        ctx.save_for_backward(exp_SBV, total_SB1, *local_labels(labels_SB, exp_SBV.shape[-1], group))
         ctx.logits_dtype = logits_SBV.dtype
         return (total_SB1.log() - target_SB1).squeeze(-1)
 
@@ -53,9 +83,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """softmax(logits) - one_hot(label), times the incoming gradient, written over the softmax buffer."""
         exp_SBV, total_SB1, local_SB1, here_SB1 = ctx.saved_tensors
-        grad_SB1 = grads[0].unsqueeze(-1)
-        exp_SBV.mul_(grad_SB1 / total_SB1)
-        exp_SBV.scatter_add_(-1, local_SB1, -grad_SB1 * here_SB1)
+        gradient(exp_SBV, total_SB1, local_SB1, here_SB1, grads[0].unsqueeze(-1))
         return exp_SBV.to(ctx.logits_dtype), None, None, None
 
 

@@ -1,6 +1,6 @@
-"""What comes between the token embedding and the first layer, and behind the output layer.
+"""What comes between the token embedding and the first layer.
 
-Shapes: S positions, B rows, H hidden, V vocabulary rows of this rank.
+Shapes: S positions, B rows, H hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_steel.config.schema import ModelConfig
-from megatron_steel.model.attention_math import softcap
 from megatron_steel.model.norms import LayerNorm
 
 # PyTorch's default, which Open-Llama leaves as it is beside RMSNorms with another; BLOOM's is like its other norms.
@@ -45,13 +44,3 @@ def add_embedding_scale(model: GPTModel, hidden_size: int) -> None:
         return output * torch.tensor(math.sqrt(hidden_size)).to(output.dtype).item()
 
     model.embedding.word_embeddings.register_forward_hook(scale)
-
-
-def add_final_softcap(model: GPTModel, cap: float) -> None:
-    """Put logits, for the loss and for generation, through a softcap (Gemma 2)."""
-
-    def limit(layer: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, None]) -> tuple[Tensor, None]:
-        """Logits [S, B, V] and no bias."""
-        return softcap(output[0], cap), output[1]
-
-    model.output_layer.register_forward_hook(limit)

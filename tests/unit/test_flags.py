@@ -21,6 +21,7 @@ MEGATRON_LM = Path(__file__).with_name("megatron_lm_flags.txt")
 OUR_OWN = {
     "allow-non-causal-softmoe",
     "pure-bf16",
+    "cross-entropy-chunk-size",
     "model",
     "model-family",
     "decay-embeddings",
