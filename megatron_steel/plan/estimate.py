@@ -118,6 +118,13 @@ def attention_activations(model: ModelConfig) -> tuple[int, int]:
     return model.num_attention_heads * each, 2 * ((model.q_lora_rank or 0) + model.kv_lora_rank)
 
 
+def gathered_width(model: ModelConfig) -> int:
+    """Elements of a token's keys, or of its values, when attention is reached."""
+    if not model.multi_latent_attention:
+        return key_width(model)
+    return model.num_attention_heads * max(model.qk_head_dim + model.qk_pos_emb_head_dim, model.v_head_dim)
+
+
 def expert_elements(model: ModelConfig) -> tuple[int, int, int]:
     """Elements per token a mixture keeps: those tensor parallelism divides, none like the residual, and on every rank.
 
@@ -136,7 +143,7 @@ def layer_activation_bytes(config: Config, tokens: int) -> int:
     Per token, in elements: norm inputs and outputs 4 H (whole on each tensor-parallel rank unless sequence-parallel);
     output of the fused query-key-value projection (value is a view of it), rotated query and key, attention output;
     query before its norm where it has one; :func:`feed_forward_elements`. Plus fp32 log-sum-exp per head, and one byte
-    per dropout mask element.
+    per dropout mask element. Under context parallelism also the keys and values of whole samples.
     """
     model, tensor = config.size, config.parallel.tensor_model_parallel_size
     element = 4 if compute_type(config.training) == "float32" else 2
@@ -148,7 +155,9 @@ def layer_activation_bytes(config: Config, tokens: int) -> int:
     residual += 2 * model.hidden_size if model.hidden_dropout else 0
     whole = tensor if config.parallel.sequence_parallel else 1
     divided = ((heads + inner) * element + 4 * model.num_attention_heads) // tensor
-    return tokens * divided + tokens * residual // whole + tokens * by_expert * element
+    ranks = config.parallel.context_parallel_size
+    gathered = 2 * tokens * ranks * gathered_width(model) * element // tensor if ranks > 1 else 0
+    return tokens * divided + tokens * residual // whole + tokens * by_expert * element + gathered
 
 
 def layers_in_flight(config: Config, micro_batches: int, stage: int) -> int:
@@ -180,7 +189,7 @@ def parameter_bytes(config: Config, parameters: int, replicas: int) -> tuple[int
     # Two fp32 moments, and an fp32 copy of 16-bit weights; or two moments of the weights' type alone.
     state = parameters * (4 if training.pure_bf16 else 12 if element == 2 else 8)
     if config.parallel.use_distributed_optimizer:
-        state = -(-state // replicas)
+        state = -(-state // (replicas * config.parallel.context_parallel_size))
     return parameters * element, parameters * (2 if training.pure_bf16 else 4), state
 
 
@@ -193,7 +202,7 @@ def stage_memory(
     element = 4 if compute_type(training) == "float32" else 2
     parameters = stage_parameters(config, padded_vocab_size, stage)
     weights, gradients, state = parameter_bytes(config, parameters, replicas)
-    tokens = training.seq_length * micro_batch_size
+    tokens = training.seq_length * micro_batch_size // parallel.context_parallel_size
     # Input and output of the last norm.
     final_norm = 2 * tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)
     # The loss reuses fp32 logits for the softmax and its gradient; bf16 logits live beside their fp32 copy.

@@ -39,7 +39,7 @@ NORMS |= {"add_bias_linear": True}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 # (layout, switches): each model with what its attention has that others have not.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "masked": ("cp2", {"eod_mask_loss": True}),
+    "masked, recomputed": ("cp2", {"eod_mask_loss": True, "recompute_granularity": "selective"}),
     "documents": ("cp4", {**DOCUMENTS, "eod_mask_loss": True}),
     "window": ("cp2", {**PLAIN, "model_family": "mistral", "window_size": 7}),
     "softcap and window, documents": (

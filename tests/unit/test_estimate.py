@@ -180,6 +180,17 @@ def test_bytes_per_parameter() -> None:
         assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(total * expected, abs=8)
 
 
+def test_ranks_of_a_sample_divide_activations_but_not_gathered_keys_and_values() -> None:
+    alone, shared = steel(), steel(context_parallel_size=2, use_distributed_optimizer=True)
+    tokens, size = 4 * 2048, alone.size
+    key_width = (size.num_query_groups or size.num_attention_heads) * size.hidden_size // size.num_attention_heads
+    halved = estimate.layer_activation_bytes(alone, tokens) // 2
+    assert estimate.layer_activation_bytes(shared, tokens // 2) == halved + 2 * tokens * key_width * 2
+    memory, whole = (memory_per_rank(config, 151936, 8) for config in (shared, alone))
+    assert (memory.logits, memory.weights) == (whole.logits // 2, whole.weights)
+    assert memory.optimizer == -(-whole.optimizer // 8), "two ranks of each of four samples"
+
+
 def test_parts_of_a_split_model_make_the_whole() -> None:
     config = steel()
     whole = estimate.stage_parameters(config, 151936, 0)
