@@ -14,10 +14,18 @@ Conventions, so that numbers can be compared with published ones:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_steel.config.check import data_parallel_size, virtual_chunks
+from megatron_steel.config.check_memory import (
+    CHUNK,
+    LARGE_LOGITS,
+    layers_of_chunk,
+    recomputed_modules,
+    tokens_at_once,
+)
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.families.steel import expert_width, is_soft
 from megatron_steel.config.family import has_experts
@@ -104,17 +112,18 @@ def feed_forward_elements(model: ModelConfig) -> tuple[int, int]:
     return (3 if model.gated_linear_unit else 2) * width, 2 * hidden if model.mlp_type == "senet" else 0
 
 
-def attention_activations(model: ModelConfig) -> tuple[int, int]:
+def attention_activations(model: ModelConfig, modules: Sequence[str] = ()) -> tuple[int, int]:
     """Elements an attention keeps per token: (divided over tensor-parallel ranks, like the residual stream).
 
     Latent attention keeps queries, keys, values and its output, the last two as wide as queries, the part of the output
-    that counts, and inputs and outputs of the norms of latents.
+    that counts, and inputs and outputs of the norms of latents. Queries and keys are not kept where ``modules``, which
+    are computed again, have ``mla_up_proj``.
     """
     if not model.multi_latent_attention:
         queries = 4 if model.qk_layernorm else 3
         return queries * query_width(model) + 3 * key_width(model), 0
     query = model.qk_head_dim + model.qk_pos_emb_head_dim
-    each = 2 * query + 2 * max(query, model.v_head_dim) + model.v_head_dim
+    each = 2 * max(query, model.v_head_dim) + model.v_head_dim + (0 if "mla_up_proj" in modules else 2 * query)
     return model.num_attention_heads * each, 2 * ((model.q_lora_rank or 0) + model.kv_lora_rank)
 
 
@@ -125,18 +134,21 @@ def gathered_width(model: ModelConfig) -> int:
     return model.num_attention_heads * max(model.qk_head_dim + model.qk_pos_emb_head_dim, model.v_head_dim)
 
 
-def expert_elements(model: ModelConfig) -> tuple[int, int, int]:
+def expert_elements(model: ModelConfig, modules: Sequence[str] = ()) -> tuple[int, int, int]:
     """Elements per token a mixture keeps: those tensor parallelism divides, none like the residual, and on every rank.
 
-    Gate, up and their product in each expert a token goes to; the tokens sorted by expert.
+    Gate, up and their product in each expert a token goes to; the tokens sorted by expert; less where ``modules`` that
+    are computed again have ``moe`` or ``shared_experts``.
     """
+    if "moe" in modules:
+        return 0, 0, 0
     width = model.moe_ffn_hidden_size or model.ffn_hidden_size
-    shared = model.moe_shared_expert_intermediate_size or 0
+    shared = 0 if "shared_experts" in modules else model.moe_shared_expert_intermediate_size or 0
     return 3 * (model.moe_router_topk * width + shared), 0, model.moe_router_topk * model.hidden_size
 
 
 def layer_activation_bytes(config: Config, tokens: int) -> int:
-    """Bytes one layer keeps for the backward pass of ``tokens`` tokens on one GPU, nothing recomputed.
+    """Bytes one layer keeps for the backward pass of ``tokens`` tokens on one GPU if it is not recomputed as a whole.
 
     Of a model whose layers differ, the one that keeps most.
 
@@ -147,16 +159,22 @@ def layer_activation_bytes(config: Config, tokens: int) -> int:
     """
     model, tensor = config.size, config.parallel.tensor_model_parallel_size
     element = 4 if compute_type(config.training) == "float32" else 2
-    heads, latents = attention_activations(model)
-    dense = (*feed_forward_elements(model), 0)
-    kept = (expert_elements(model) if has_experts(model, layer) else dense for layer in range(model.num_layers))
+    modules = recomputed_modules(config)
+    heads, latents = attention_activations(model, modules)
+    dense = (0, 0, 0) if "mlp" in modules else (*feed_forward_elements(model), 0)
+    kept = (
+        expert_elements(model, modules) if has_experts(model, layer) else dense for layer in range(model.num_layers)
+    )
     inner, outer, by_expert = max(kept)
     residual = (4 * model.hidden_size + latents + outer) * element
     residual += 2 * model.hidden_size if model.hidden_dropout else 0
     whole = tensor if config.parallel.sequence_parallel else 1
-    divided = ((heads + inner) * element + 4 * model.num_attention_heads) // tensor
+    sums = 0 if "core_attn" in modules else 4 * model.num_attention_heads
+    divided = ((heads + inner) * element + sums) // tensor
     ranks = config.parallel.context_parallel_size
-    gathered = 2 * tokens * ranks * gathered_width(model) * element // tensor if ranks > 1 else 0
+    # Gathered inside the attention, and once more where that is computed again.
+    kept_gathered = ranks > 1 and "core_attn" not in modules
+    gathered = 2 * tokens * ranks * gathered_width(model) * element // tensor if kept_gathered else 0
     return tokens * divided + tokens * residual // whole + tokens * by_expert * element + gathered
 
 
@@ -172,6 +190,34 @@ def layers_in_flight(config: Config, micro_batches: int, stage: int) -> int:
         return min(stages - stage, micro_batches) * layers // stages
     warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
     return min(warm_up, micro_batches * chunks) * layers // (stages * chunks)
+
+
+def activation_bytes(config: Config, layers: int, tokens: int) -> int:
+    """Bytes that ``layers`` x micro-batches in flight keep.
+
+    Recomputed as a whole, of a unit of layers its input is kept, and everything of the one unit in its backward pass.
+    """
+    memory, parallel = config.memory, config.parallel
+    layer = layer_activation_bytes(config, tokens)
+    if memory.recompute_granularity != "full" or not layers:
+        return layers * layer
+    element = 4 if compute_type(config.training) == "float32" else 2
+    whole = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    entry = tokens * config.size.hidden_size * element // whole
+    number = memory.recompute_num_layers or 1
+    if memory.recompute_method == "block":
+        again = layers * number // layers_of_chunk(config)
+        return again * entry + (layers - again + 1) * layer
+    return layers // number * entry + number * layer
+
+
+def logits_bytes(config: Config, padded_vocab_size: int, tokens: int) -> int:
+    """Bytes of the logits that exist at once: fp32 ones, reused for the softmax and its gradient, and 16-bit ones."""
+    rows = padded_vocab_size // config.parallel.tensor_model_parallel_size
+    at_once = tokens_at_once(config.memory.cross_entropy_chunk_size, tokens, rows)
+    each = 4 if compute_type(config.training) == "float32" else 6
+    # In parts, the gradient of the table is summed in fp32 beside its own.
+    return at_once * rows * each + (4 * rows * config.size.hidden_size if 0 < at_once < tokens else 0)
 
 
 def parameter_bytes(config: Config, parameters: int, replicas: int) -> tuple[int, int, int]:
@@ -205,15 +251,13 @@ def stage_memory(
     tokens = training.seq_length * micro_batch_size // parallel.context_parallel_size
     # Input and output of the last norm.
     final_norm = 2 * tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)
-    # The loss reuses fp32 logits for the softmax and its gradient; bf16 logits live beside their fp32 copy.
-    logits = tokens * padded_vocab_size // tensor * (6 if element == 2 else 4)
     layers = layers_in_flight(config, micro_batches, stage)
     return RankMemory(
         weights=weights,
         gradients=gradients,
         optimizer=state,
-        activations=layers * layer_activation_bytes(config, tokens) + final_norm * int(last),
-        logits=logits if last else 0,
+        activations=activation_bytes(config, layers, tokens) + final_norm * int(last),
+        logits=logits_bytes(config, padded_vocab_size, tokens) if last else 0,
     )
 
 
@@ -236,13 +280,33 @@ def max_micro_batch(config: Config, padded_vocab_size: int, world_size: int, mem
     """
     replicas, stages = data_parallel_size(config, world_size), config.parallel.pipeline_model_parallel_size
     usable = memory_bytes * (1 - RESERVE)
-    fits = []
-    for stage in range(stages):
-        empty, one = (
-            stage_memory(config, padded_vocab_size, replicas, stage, size, 2 * stages).total for size in (0, 1)
-        )
-        fits.append(max(0, int((usable - empty) // (one - empty))))
-    return min(fits)
+
+    def total(stage: int, size: int) -> int:
+        return stage_memory(config, padded_vocab_size, replicas, stage, size, 2 * stages).total
+
+    def fitting(stage: int, start: int) -> int:
+        slope = total(stage, start + 1) - total(stage, start)
+        return start + int((usable - total(stage, start)) // slope)
+
+    # Bytes are one straight line up to the size from which logits are computed in parts, and another from there on.
+    whole = whole_logits(config, padded_vocab_size)
+    if whole is not None:
+        most = min(fitting(stage, whole + 1) for stage in range(stages))
+        if most > whole:
+            return most
+    most = max(0, min(fitting(stage, 0) for stage in range(stages))) if whole != 0 else 0
+    return most if whole is None else min(most, whole)
+
+
+def whole_logits(config: Config, padded_vocab_size: int) -> int | None:
+    """The largest micro-batch whose logits all exist at once; None where they always do."""
+    chunk, rows = (
+        config.memory.cross_entropy_chunk_size,
+        padded_vocab_size // config.parallel.tensor_model_parallel_size,
+    )
+    tokens = LARGE_LOGITS // (4 * rows) if chunk is None else chunk
+    of_sample = config.training.seq_length // config.parallel.context_parallel_size
+    return None if chunk == 0 else max(tokens, CHUNK if chunk is None else 0) // of_sample
 
 
 def run_time(tokens: float, flops_each: float, devices: int, peak_flops: float, mfu: float) -> RunTime:

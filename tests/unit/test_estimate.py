@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from megatron_steel.checkpoint.modeling.steel.configuration_steel import SteelCo
 from megatron_steel.checkpoint.modeling.steel.modeling_steel import SteelForCausalLM
 from megatron_steel.config.family import head_width
 from megatron_steel.config.presets import PRESETS
-from megatron_steel.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_steel.config.schema import Config, MemoryConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_steel.plan import estimate
 from megatron_steel.plan.estimate import flops_per_token, max_micro_batch, memory_per_rank, run_time
 from megatron_steel.plan.parameters import count_parameters
@@ -223,9 +224,11 @@ def test_pipeline_keeps_as_much_as_the_papers_say() -> None:
     st.booleans(),
     st.booleans(),
     st.integers(20, 400).map(lambda gib: gib * 2**28),
+    st.sampled_from([0, None, 512, 5000]),
+    st.sampled_from([{}, {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}]),
 )
 def test_max_micro_batch_is_the_largest_that_fits(
-    tensor: int, stages: int, bf16: bool, sharded: bool, memory: int
+    tensor: int, stages: int, bf16: bool, sharded: bool, memory: int, chunk: int | None, recompute: dict[str, Any]
 ) -> None:
     config = steel(
         bf16,
@@ -234,6 +237,7 @@ def test_max_micro_batch_is_the_largest_that_fits(
         sequence_parallel=tensor > 1,
         use_distributed_optimizer=sharded,
     )
+    config.memory = MemoryConfig(cross_entropy_chunk_size=chunk, **recompute)
     world = tensor * stages * 2
     best = max_micro_batch(config, 151936, world, memory)
 
@@ -244,6 +248,31 @@ def test_max_micro_batch_is_the_largest_that_fits(
     assert needed(best + 1) > memory * (1 - estimate.RESERVE)
     if best:
         assert needed(best) <= memory * (1 - estimate.RESERVE)
+
+
+def test_recomputed_layers_keep_their_input() -> None:
+    """18 layers of 1792 in bf16: an input each, and all of the layer or unit that is in its backward pass."""
+    config, tokens = steel(), 8192
+    layer, entry = estimate.layer_activation_bytes(config, tokens), tokens * 1792 * 2
+    assert estimate.activation_bytes(config, 18, tokens) == 18 * layer
+    for method, number, expected in (
+        ("uniform", 1, 18 * entry + layer),
+        ("uniform", 3, 6 * entry + 3 * layer),
+        ("block", 5, 5 * entry + 14 * layer),
+    ):
+        config.memory = MemoryConfig(recompute_granularity="full", recompute_method=method, recompute_num_layers=number)
+        assert estimate.activation_bytes(config, 18, tokens) == expected
+
+
+def test_logits_in_parts_do_not_grow() -> None:
+    config = steel()
+    table = 4 * 151936 * 1792  # the gradient, summed in fp32
+    config.memory.cross_entropy_chunk_size = 512
+    for tokens in (1024, 2**20):
+        assert estimate.logits_bytes(config, 151936, tokens) == 6 * 512 * 151936 + table
+    config.memory.cross_entropy_chunk_size = None
+    assert estimate.logits_bytes(config, 151936, 2048) == 6 * 2048 * 151936
+    assert estimate.logits_bytes(config, 151936, 8192) == 6 * 512 * 151936 + table
 
 
 def test_run_time() -> None:
