@@ -76,7 +76,7 @@ def check_positive(config: Config) -> None:
         ),
         (config.data, ("max_epochs_per_source",)),
         (config.training, ("micro_batch_size", "global_batch_size", "seq_length", "train_iters", "exit_interval")),
-        (config.training, ("exit_duration_in_mins",)),
+        (config.training, ("exit_duration_in_mins", "check_weight_hash_across_dp_replicas_interval")),
         (config.checkpoint, ("save_interval", "save_total_limit")),
         (config.logging, ("log_interval", "eval_interval", "eval_iters")),
         (config.optimizer, ("lr", "lr_decay_iters", "adam_eps")),
@@ -290,6 +290,9 @@ def settings_without_effect(config: Config, world_size: int) -> list[str]:
     if config.training.allow_non_causal_softmoe and config.size.ffn_type not in ("softmoe_v2", "softmoe_v3"):
         notes.append("--allow-non-causal-softmoe has no effect without --ffn-type softmoe_v2 or softmoe_v3")
     notes += rope_without_effect(config.size) + precision_notes(config)
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if config.training.check_weight_hash_across_dp_replicas_interval and world_size == model_ranks:
+        notes.append("--check-weight-hash-across-dp-replicas-interval has no effect: there is one replica")
     if config.size.full_attention_layers and config.size.window_size is None:
         notes.append("--full-attention-layers has no effect without --window-size")
     if parallel.num_layers_per_virtual_pipeline_stage and virtual_chunks(config) is None:

@@ -51,7 +51,7 @@ def check_rampup(config: Config, unit: int) -> None:
     if start >= final:
         raise ValueError(f"{given} starts at {start}, which is not below --global-batch-size {final}")
     if start % unit or increment % unit:
-        raise ValueError(f"{given}: START and INCREMENT must be multiples of {unit}, the samples of one pass of all ranks")
+        raise ValueError(f"{given}: START and INCREMENT must be multiples of {unit}, which one pass of all ranks has")
     if (final - start) % increment:
         below = final - (final - start) % increment
         raise ValueError(

@@ -115,6 +115,8 @@ class TrainingConfig:
     """Save and stop after an iteration divisible by this."""
     exit_duration_in_mins: float | None = None
     """Save and stop after this many minutes."""
+    check_weight_hash_across_dp_replicas_interval: int | None = None
+    """Iterations between comparisons of the replicas' weights; where they differ the run ends and saves nothing."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main weights and gradients; fp32 otherwise."""
     fp8_format: Fp8Format | None = None

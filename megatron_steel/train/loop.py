@@ -29,6 +29,7 @@ from megatron_steel.runtime import device
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
+from megatron_steel.train.replicas import check_replicas
 from megatron_steel.train.step import train_step
 
 
@@ -59,6 +60,8 @@ class Session:
     """``time.monotonic`` at the start of the job."""
     last_saved: int = -1
     """Iteration of the newest checkpoint this job wrote or loaded."""
+    last_compared: int = -1
+    """Iteration after which the weights of all replicas were last found equal."""
 
 
 def take_step(session: Session) -> None:
@@ -158,11 +161,25 @@ def evaluate_all(session: Session) -> None:
             session.sinks.write({**head, **combine(results).as_row()})
 
 
+def compare_replicas(session: Session) -> None:
+    """Compare the weights of all replicas unless that was done after this iteration."""
+    if session.last_compared == session.state.iteration:
+        return
+    with session.throughput.pause():
+        check_replicas(session.model, session.world, session.state.iteration)
+    session.last_compared = session.state.iteration
+
+
 def save(session: Session) -> None:
-    """Write a checkpoint of the current iteration unless it is there already."""
+    """Write a checkpoint of the current iteration unless it is there already.
+
+    A run that compares its replicas does so before: no checkpoint of weights that went astray follows a good one.
+    """
     options, state = session.config.checkpoint, session.state
     if options.save is None or session.last_saved == state.iteration:
         return
+    if session.config.training.check_weight_hash_across_dp_replicas_interval is not None:
+        compare_replicas(session)
     state.world_size = session.world.size
     state.consumed_tokens_by_source = seen_by_source(session)["consumed_tokens_by_source"]
     with session.throughput.pause():
@@ -202,6 +219,8 @@ def train(session: Session) -> str:
         take_step(session)
         if due(state.iteration, config.logging.log_interval) or state.iteration == config.training.train_iters:
             report(session)
+        if due(state.iteration, config.training.check_weight_hash_across_dp_replicas_interval):
+            compare_replicas(session)
         reason = reason_to_stop(session)
         if reason is None and due(state.iteration, config.logging.eval_interval):
             evaluate_all(session)

@@ -31,6 +31,7 @@ from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
 from megatron_steel.train.loop import Session, train
 from megatron_steel.train.prepare import Prepared
+from megatron_steel.train.replicas import ReplicaError
 
 
 def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
@@ -155,7 +156,8 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
 def run(prepared: Prepared) -> int:
     """Train to the end or to a reason to stop; returns the process's exit code.
 
-    A save that failed and a peer that is gone are one line each and give 1; anything else that goes wrong is raised.
+    A save that failed, a peer that is gone and replicas that differ are one line each and give 1; anything else that
+    goes wrong is raised.
     No rank waits for the others then.
     """
     started = time.monotonic()
@@ -177,7 +179,7 @@ def run(prepared: Prepared) -> int:
             if world.rank == 0:
                 where = f", saved in {Path(config.checkpoint.save)}" if config.checkpoint.save else ""
                 print(f"stopped at iteration {session.state.iteration}: {reason}{where}", flush=True)
-    except store.SaveError as error:
+    except (store.SaveError, ReplicaError) as error:
         print(f"error: rank {world.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
     return 0
