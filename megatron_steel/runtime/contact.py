@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -79,15 +80,30 @@ def leave_note(world: World, text: str) -> None:
 
 
 def name_peers(world: World) -> str:
-    """The ranks that failed or vanished, e.g. ``rank 3`` or ``rank 3, which failed: ValueError: ...``."""
-    if world.store is None:
+    """The ranks that failed or vanished, e.g. ``rank 3`` or ``rank 3, which failed: ValueError: ...``.
+
+    When the network is cut, the store behind it does not answer either, and its timeout covers only some requests:
+    they are made on a thread that can be left behind.
+    """
+    store = world.store
+    if store is None:
         return "a peer"
+    names: list[str] = []
+    thread = threading.Thread(target=lambda: names.append(read_notes(world, store)), daemon=True)
+    thread.start()
+    thread.join(3 * NOTE_SECONDS)
+    # The store is served where rank 0 is, by its launcher or itself.
+    return names[0] if names else "the node of rank 0"
+
+
+def read_notes(world: World, store: dist.Store) -> str:
+    """Ask the store who left a note; for ``name_peers``."""
     silent = {rank for rank in range(world.size) if rank != world.rank}
     deadline = time.monotonic() + NOTE_SECONDS
     with contextlib.suppress(RuntimeError):
         while silent and time.monotonic() < deadline:
-            for rank in [rank for rank in sorted(silent) if world.store.check([f"ended/{rank}"])]:
-                note = world.store.get(f"ended/{rank}").decode()
+            for rank in [rank for rank in sorted(silent) if store.check([f"ended/{rank}"])]:
+                note = store.get(f"ended/{rank}").decode()
                 if note != LOST:
                     return f"rank {rank}, which failed: {note}"
                 silent.discard(rank)
