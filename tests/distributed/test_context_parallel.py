@@ -14,6 +14,8 @@ from test_experts import FAMILIES as EXPERTS
 from tiny_run import (
     CP2,
     LAYOUTS,
+    PP2,
+    Layout,
     Trace,
     keep_weights,
     largest_relative,
@@ -78,7 +80,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "learned positions, reset": (
-        "cp2-pp2",
+        "cp2-pp2-interleaved",
         {
             **NORMS,
             "model_family": "gpt2",
@@ -90,6 +92,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "cp2-tp2-sp",
         {**EXPERTS["deepseek_v3"], "model_family": "deepseek_v3", "add_qkv_bias": False},
     ),
+}
+
+
+SPREAD = {
+    **LAYOUTS,
+    "cp2-pp2-interleaved": Layout(ranks=4, flags={**CP2, **PP2, "num_layers_per_virtual_pipeline_stage": 1}),
 }
 
 
@@ -116,7 +124,7 @@ def work_train(flat: dict[str, Any], save_it: bool = False) -> tuple[Trace, dict
 
 
 def train(pool: WorkerPool, prefix: str, layout: str, *changes: dict[str, Any]) -> list[Any]:
-    return pool.run(LAYOUTS[layout].ranks, work_train, options(prefix, LAYOUTS[layout].flags, *changes), join=False)
+    return pool.run(SPREAD[layout].ranks, work_train, options(prefix, SPREAD[layout].flags, *changes), join=False)
 
 
 def difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> float:

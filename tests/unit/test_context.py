@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_steel.config.check import check
 from megatron_steel.config.check_context import check_context, check_context_backend
@@ -47,6 +49,13 @@ def test_queries_may_be_the_last_of_the_positions(window: int | None) -> None:
     whole = causal_attention(query, key[:, :2], value[:, :2], window, 0.0, None)
     later = causal_attention(query[:, :, 100:], key[:, :2], value[:, :2], window, 0.0, None)
     torch.testing.assert_close(later, whole[:, :, 100:], rtol=1e-12, atol=1e-12)
+
+
+def test_the_mask_that_gpus_get_is_ours() -> None:
+    """Queries are the last positions for PyTorch's lower-right mask too, not the first as for ``is_causal``."""
+    query, key, value = (torch.randn(1, heads, length, 8) for heads, length in ((4, 5), (2, 9), (2, 9)))
+    theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=causal_lower_right(5, 9), enable_gqa=True)
+    torch.testing.assert_close(causal_attention(query, key, value, None, 0.0, None), theirs)
 
 
 def build(**changes: Any) -> Any:
