@@ -49,14 +49,14 @@ if [ -z "${DATA_PATH:-}" ]; then
   TOKENIZER_MODEL=$SAMPLE/tokenizer
   mkdir -p "$DATA_DIR"
   # Nodes may share the folder: the first to have the lock writes, the others wait and find it done.
-  exec {lock}> "$DATA_DIR/.lock"
-  ! command -v flock > /dev/null || flock "$lock"
+  exec 9> "$DATA_DIR/.lock"
+  ! command -v flock > /dev/null || flock 9
   for name in train valid_zh valid_en; do
     ! wants data || [ -f "$DATA_DIR/${name}_text_document.idx" ] && continue
     "$PYTHON" tools/preprocess_data.py --input "$SAMPLE/$name.jsonl" --output-prefix "$DATA_DIR/$name" \
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER_MODEL" --append-eod --workers 2
   done
-  exec {lock}>&-
+  exec 9>&-
   DATA_FLAGS=(--train-data-path "$DATA_DIR/train_text_document"
     --valid-data-path "zh=$DATA_DIR/valid_zh_text_document" "en=$DATA_DIR/valid_en_text_document")
   # A sample corpus is small on purpose: repeating it is fine, and a long default run stops after a few epochs of it.

@@ -29,9 +29,11 @@ choose_container() {
   export STEEL_PYTHON=${STEEL_PYTHON:-python3}
 }
 
-# The ranks save and end; torchrun and the shells around it ignore the signal (see on_each_node).
+# The ranks save and end; torchrun and the shells around it ignore the signal (see on_each_node). The other steps would
+# die of it: they end in their own time.
 pass_signal_on() {
   STOPPED=yes
+  [ "$STEP" = train ] || { say "SIGUSR1 during $STEP, which goes on"; return 0; }
   say "SIGUSR1: asking the ranks to save"
   scancel --signal=USR1 "$SLURM_JOB_ID"
 }
@@ -69,19 +71,22 @@ run_job() {
   choose_container
   # Made once, and not by every node at the same time.
   [ -n "${CONTAINER_IMAGE:-}" ] || source examples/_environment.sh
+  STEP=data
   trap pass_signal_on USR1
   say "$NNODES node(s), meeting at $MASTER_ADDR:$MASTER_PORT, restart $RESTARTS, logs in $LOG_DIR"
   STEPS=data on_first_node ${WRAP[@]+"${WRAP[@]}"} bash "$script" "$@" || status=$?
   if [ "$status" -eq 0 ] && [ "$STOPPED" = no ]; then
+    STEP=train
     STEPS=train on_each_node ${WRAP[@]+"${WRAP[@]}"} bash "$script" "$@" || status=$?
   fi
   [ "$status" -eq 0 ] || { say "failed with exit code $status; see $LOG_DIR"; return "$status"; }
   if [ "$STOPPED" = yes ]; then
-    [ "$RESTARTS" -lt "${MAX_RESTARTS:-100}" ] || { say "saved; MAX_RESTARTS is reached, submit again to go on"; return 0; }
-    say "saved; back into the queue"
+    [ "$RESTARTS" -lt "${MAX_RESTARTS:-100}" ] || { say "stopped; MAX_RESTARTS is reached, submit again to go on"; return 0; }
+    say "stopped; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     return 0
   fi
+  STEP=export
   STEPS=export on_first_node ${WRAP[@]+"${WRAP[@]}"} bash "$script" "$@" || status=$?
   say "ended with exit code $status"
   return "$status"

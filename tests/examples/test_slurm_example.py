@@ -40,8 +40,9 @@ SCONTROL = """#!/usr/bin/env bash
 SCRIPT = """#!/usr/bin/env bash
 echo "script $STEPS node ${NODE_RANK:-} of $NNODES at $MASTER_ADDR:$MASTER_PORT with $*" >> "$CALLS"
 [ "$STEPS" != "${FAILING:-}" ] || exit 1
-if [ "$STEPS" = train ] && [ -n "${LONG:-}" ]; then
-  kill -USR1 $$; echo "the shell of a node ignores USR1" >> "$CALLS"
+if [ "$STEPS" = "${LONG:-}" ]; then
+  [ "$STEPS" = data ] || kill -USR1 $$
+  echo "alive $STEPS, where the shell of a node ignores USR1" >> "$CALLS"
   until [ -e "$CALLS.stop" ]; do sleep 0.05; done
 fi
 """
@@ -99,6 +100,14 @@ def test_data_once_then_training_on_each_node_then_the_export(job: dict[str, str
     assert not calls(job, "scontrol") and "ended with exit code 0" in out
 
 
+def wait_until_alive(job: dict[str, str], process: subprocess.Popen[str]) -> None:
+    """Until the step that takes long has begun."""
+    deadline = time.monotonic() + 30
+    while not (Path(job["CALLS"]).is_file() and calls(job, "alive")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("step", ["data", "train", "export"])
 def test_a_failure_ends_the_job_and_is_not_queued_again(job: dict[str, str], step: str) -> None:
     process = start(job, FAILING=step)
@@ -113,17 +122,26 @@ def test_a_failure_ends_the_job_and_is_not_queued_again(job: dict[str, str], ste
 def test_a_signal_reaches_the_ranks_and_the_job_queues_again(
     job: dict[str, str], restarts: str, queued: list[str]
 ) -> None:
-    process = start(job, LONG="yes", SLURM_RESTART_COUNT=restarts, MAX_RESTARTS="3", SLURM_JOB_NUM_NODES="1")
-    deadline = time.monotonic() + 30
-    while not (Path(job["CALLS"]).is_file() and calls(job, "the")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    process = start(job, LONG="train", SLURM_RESTART_COUNT=restarts, MAX_RESTARTS="3", SLURM_JOB_NUM_NODES="1")
+    wait_until_alive(job, process)
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out
     assert calls(job, "scancel") == ["--signal=USR1 7"] and calls(job, "scontrol") == queued
     assert not any(call.startswith("export") for call in calls(job, "script")), "it is not finished"
-    assert "saved" in out and (Path(job["LOG_DIR"]) / f"node-0.{restarts}.log").is_file()
+    assert "stopped; " in out and (Path(job["LOG_DIR"]) / f"node-0.{restarts}.log").is_file()
+
+
+def test_a_signal_during_the_data_lets_it_end_and_queues_again(job: dict[str, str]) -> None:
+    process = start(job, LONG="data")
+    wait_until_alive(job, process)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    Path(job["CALLS"] + ".stop").touch()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, out
+    assert not calls(job, "scancel") and calls(job, "scontrol") == ["requeue 7"]
+    assert [call.split()[0] for call in calls(job, "script")] == ["data"]
 
 
 @pytest.mark.parametrize(
