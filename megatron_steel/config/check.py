@@ -20,6 +20,7 @@ from megatron_steel.config.check_soft_mixture import check_soft_mixture
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.family import ANY, SWITCHES, group_count, head_width
 from megatron_steel.config.load import to_flat
+from megatron_steel.config.pipeline import check_uneven, is_uneven
 from megatron_steel.config.rope import longest_sequence
 from megatron_steel.config.schema import Config, ModelConfig
 
@@ -70,6 +71,7 @@ def check_positive(config: Config) -> None:
         (config.size, ("rotary_base_local", "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping")),
         (config.size, ("soft_experts", "slots_per_expert", "mlp_div_ratio")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
+        (config.parallel, ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")),
         (
             config.parallel,
             ("context_parallel_size", "num_layers_per_virtual_pipeline_stage", "distributed_timeout_minutes"),
@@ -174,6 +176,9 @@ def check_family(config: Config) -> None:
 
 def check_layers(config: Config) -> None:
     """Pipeline stages and virtual chunks must divide the layers."""
+    if is_uneven(config):
+        check_uneven(config)
+        return
     layers, parallel = config.size.num_layers, config.parallel
     stages, chunk = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
     if layers % stages:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_steel.config.families.steel import is_soft
 from megatron_steel.config.family import has_experts
+from megatron_steel.config.pipeline import is_uneven, layers_by_stage
 from megatron_steel.config.schema import Config, ModelConfig
 
 # Defaults of --cross-entropy-chunk-size: bytes of fp32 logits above which they are computed in parts, tokens of a part.
@@ -25,8 +28,10 @@ def recomputed_modules(config: Config) -> list[str]:
 
 
 def layers_of_chunk(config: Config) -> int:
-    """Decoder layers of one model chunk."""
+    """Decoder layers of one model chunk; of uneven stages, the largest number that divides those of each."""
     parallel = config.parallel
+    if is_uneven(config):
+        return math.gcd(*(len(layers) for layers in layers_by_stage(config)))
     stage = config.size.num_layers // parallel.pipeline_model_parallel_size
     return min(parallel.num_layers_per_virtual_pipeline_stage or stage, stage)
 

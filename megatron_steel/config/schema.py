@@ -35,6 +35,10 @@ class ParallelConfig:
     """Ranks that share each sample: each has the activations of two chunks of it, and gathers all keys and values."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per model chunk; switches on the interleaved pipeline schedule."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers on the first pipeline stage, which has the embedding too; the others share the rest evenly."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers on the last pipeline stage, which has the output layer too; the others share the rest evenly."""
     sequence_parallel: bool = False
     """Split activations outside attention and feed-forward over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False

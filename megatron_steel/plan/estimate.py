@@ -29,6 +29,7 @@ from megatron_steel.config.check_memory import (
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.families.steel import expert_width, is_soft
 from megatron_steel.config.family import has_experts
+from megatron_steel.config.pipeline import is_uneven, layers_by_stage
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.plan.parameters import (
     before_layers,
@@ -87,8 +88,7 @@ def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> int:
     """Parameters on one rank of a pipeline stage. Norms are whole on every tensor-parallel rank, the rest is split."""
     model, parallel = config.size, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    each = model.num_layers // stages
-    layers = sum(layer_weights(model, layer).on_rank(tensor) for layer in range(stage * each, (stage + 1) * each))
+    layers = sum(layer_weights(model, layer).on_rank(tensor) for layer in layers_by_stage(config)[stage])
     table = padded_vocab_size * model.hidden_size // tensor
     first, last = stage == 0, stage == stages - 1
     # The last stage has a copy of a tied embedding, unless it is the first one too.
@@ -187,7 +187,7 @@ def layers_in_flight(config: Config, micro_batches: int, stage: int) -> int:
     stages, layers = config.parallel.pipeline_model_parallel_size, config.size.num_layers
     chunks = virtual_chunks(config)
     if chunks is None:
-        return min(stages - stage, micro_batches) * layers // stages
+        return min(stages - stage, micro_batches) * len(layers_by_stage(config)[stage])
     warm_up = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
     return min(warm_up, micro_batches * chunks) * layers // (stages * chunks)
 
@@ -206,7 +206,9 @@ def activation_bytes(config: Config, layers: int, tokens: int) -> int:
     entry = tokens * config.size.hidden_size * element // whole
     number = memory.recompute_num_layers or 1
     if memory.recompute_method == "block":
-        again = layers * number // layers_of_chunk(config)
+        # Of uneven stages the longest: the others compute a larger share again.
+        chunk = max(map(len, layers_by_stage(config))) if is_uneven(config) else layers_of_chunk(config)
+        again = layers * number // chunk
         return again * entry + (layers - again + 1) * layer
     return layers // number * entry + number * layer
 

@@ -73,23 +73,31 @@ def test_round_trip_is_exact(pool: WorkerPool, tmp_path: Path, dtype: torch.dtyp
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def work_resave(checkpoint: str, root: str, layout: tuple[int, int]) -> None:
-    """Load a checkpoint on a layout and save what the ranks hold."""
+def work_resave(checkpoint: str, root: str, first: int | None) -> int:
+    """Load a checkpoint on 2 x 2 ranks, ``first`` layers on the first stage, save it; returns this rank's layers."""
     from megatron_steel.checkpoint.state import read_state
-    from megatron_steel.checkpoint.store import save
-    from megatron_steel.checkpoint.verify import load_for_inference
+    from megatron_steel.checkpoint.store import load_weights, save
+    from megatron_steel.config.load import from_flat
+    from megatron_steel.model.build import build_model
 
-    world = runtime.start(tensor_model_parallel_size=layout[0], pipeline_model_parallel_size=layout[1])
-    model, _ = load_for_inference(Path(checkpoint), world, bf16=False)
-    save(Path(root), model, None, read_state(Path(checkpoint)), world, lambda directory: None)
+    world = runtime.start(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    state = read_state(Path(checkpoint))
+    state.config |= {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    state.config |= {"decoder_first_pipeline_num_layers": first}
+    model = build_model(from_flat(state.config), state.vocab_size, world, training=False)
+    load_weights(Path(checkpoint), model)
+    save(Path(root), model, None, state, world, lambda directory: None)
+    return len(model.language_models()[0].decoder.layers)
 
 
-def test_a_checkpoint_of_four_ranks_exports_the_same(pool: WorkerPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [None, 3], ids=["even", "uneven"])
+def test_a_checkpoint_of_four_ranks_exports_the_same(pool: WorkerPool, tmp_path: Path, first: int | None) -> None:
     """Chunks of two tensor-parallel ranks and two stages come together to the bits of one process."""
     make_model(RESAVED).save_pretrained(tmp_path / "hf")
     where = {RESAVED: (str(tmp_path / "hf"), str(tmp_path / "ours"))}
     checkpoint = pool.run(1, hf_models.work_import, where, join=False)[0][RESAVED]
-    pool.run(4, work_resave, checkpoint, str(tmp_path / "four"), (2, 2), join=False)
+    layers = pool.run(4, work_resave, checkpoint, str(tmp_path / "four"), first, join=False)
+    assert layers == ([2, 2, 2, 2] if first is None else [3, 3, 1, 1])
     four = tmp_path / "four" / "iter_0000000"
     gate_up = StoredTensors(four).facts("decoder.layers.mlp.linear_fc1.weight")
     assert len(gate_up.chunks) == 4 * gate_up.size[0]  # each rank has its part of both halves
