@@ -20,6 +20,9 @@ from megatron_steel.runtime import world as runtime
 
 TOLERANCE = 1e-5
 ROWS = 133
+# Every model on one rank and on the layout that splits everything; those that split in ways of their own on all four.
+EVERYWHERE = ("qwen2-tied", "gpt2", "gemma2", "steel-dense")
+CASES = [(name, layout) for name in NAMES for layout in LAYOUTS if name in EVERYWHERE or layout in ("1", "tp2-pp2")]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"untie_embeddings_and_output_weights": True, "use_rope_scaling": True, "rotary_base": 500000.0},
     "qwen2": {"add_qkv_bias": True},
@@ -77,14 +80,16 @@ def ours(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         make_model(name).save_pretrained(folder / name)
     roots = {name: (str(folder / name), str(folder / f"{name}-ours")) for name in NAMES}
     checkpoints = pool.run(1, hf_models.work_import, roots, join=False)[0]
-    return {
-        layout: pool.run(sizes[0] * sizes[1], hf_models.work_findings, checkpoints, sizes, join=False, timeout=120)[0]
-        for layout, sizes in LAYOUTS.items()
-    }
+    found = {}
+    for layout, sizes in LAYOUTS.items():
+        chosen = {name: checkpoints[name] for name, wanted in CASES if wanted == layout}
+        found[layout] = pool.run(sizes[0] * sizes[1], hf_models.work_findings, chosen, sizes, join=False, timeout=120)[
+            0
+        ]
+    return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_imported_model_computes_what_transformers_computes(
     truth: dict[str, Findings], ours: dict[str, dict[str, Findings]], name: str, layout: str
 ) -> None:
@@ -98,8 +103,8 @@ def test_imported_model_computes_what_transformers_computes(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_token_reaches_an_earlier_one(ours: dict[str, dict[str, Findings]], name: str) -> None:
-    """Causality of every family, on every layout: only its own logits change with the last token."""
-    for layout in LAYOUTS:
+    """Causality of every family: only its own logits change with the last token."""
+    for layout in (layout for wanted, layout in CASES if wanted == name):
         # Experts sort tokens by themselves: products of other shapes round in another way.
         assert ours[layout][name].leak <= 1e-6 < 1e-2 < ours[layout][name].reach
 
