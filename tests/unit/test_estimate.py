@@ -185,6 +185,7 @@ def test_ranks_of_a_sample_divide_activations_but_not_gathered_keys_and_values()
     alone, shared = steel(), steel(context_parallel_size=2, use_distributed_optimizer=True)
     tokens, size = 4 * 2048, alone.size
     key_width = (size.num_query_groups or size.num_attention_heads) * size.hidden_size // size.num_attention_heads
+    alone.memory = shared.memory = MemoryConfig(cross_entropy_chunk_size=0)
     halved = estimate.layer_activation_bytes(alone, tokens) // 2
     assert estimate.layer_activation_bytes(shared, tokens // 2) == halved + 2 * tokens * key_width * 2
     memory, whole = (memory_per_rank(config, 151936, 8) for config in (shared, alone))
