@@ -200,10 +200,17 @@ def join_ranks(timeout: float) -> None:
 
 
 def leave_ranks() -> None:
-    """Forget all groups and what megatron-core remembers of them."""
+    """Forget all groups and what megatron-core remembers of them.
+
+    A group that is remembered anywhere keeps its three threads, which ask for news a hundred times a second each.
+    """
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
 
     parallel_state.destroy_model_parallel()
+    # Tables of angles, remembered by module and context-parallel group.
+    rotary_pos_embedding.RotaryEmbedding.forward.cache_clear()
+    yarn_rotary_pos_embedding.YarnRotaryEmbedding.forward.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     torch.set_num_threads(1)
