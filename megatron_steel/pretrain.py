@@ -21,8 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Heavy imports come after the command line is known to be good, so --help and errors answer at once. prepare
         # checks again, and keeps the warnings.
         check(config, int(os.environ.get("WORLD_SIZE", "1")))
-        from megatron_steel.runtime import cpu
+        from megatron_steel.runtime import cpu, deterministic
 
+        if config.training.deterministic_mode:
+            deterministic.make_deterministic()
         cpu.install()
         from megatron_steel.train.prepare import prepare
 

@@ -67,7 +67,6 @@ KNOWN_FLAGS: dict[str, str] = {
     "cross-entropy-fusion-impl": "each backend brings its own; Transformer Engine's is refused (wrong gradients)",
     "manual-gc": NOT_YET,
     "profile": NOT_YET,
-    "deterministic-mode": NOT_YET,
     "squared-relu": "no family here uses it; see --activation",
     "quick-geglu": "no family here uses it; see --activation",
     "rotary-interleaved": "rotary embeddings here rotate halves, as in Hugging Face's models",

@@ -101,6 +101,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         params_dtype=torch.float32 if parallel.use_torch_fsdp2 else dtype,
         pipeline_dtype=dtype,
         bf16=training.bf16,
+        deterministic_mode=training.deterministic_mode,
         fp16=training.fp16,
         fp8=training.fp8_format,
         fp8_recipe=training.fp8_recipe,
