@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing
 from pool import WorkerPool
 from tiny_run import (
     LAYOUTS,
+    PP2,
     ROWS,
     SHARDED,
     TP2,
@@ -38,6 +39,7 @@ DISTRIBUTED = {
     "dp2-overlapped": LAYOUTS["dp2-overlapped"],
     "tp2-dp2-sharded": LAYOUTS["tp2-dp2-sharded"],
 }
+PLAIN["pp2-uneven"] = Layout(ranks=2, flags={**PP2, "decoder_first_pipeline_num_layers": 3})
 ALL = {**PLAIN, **DISTRIBUTED}
 # Every layout writes what another kind of layout reads; a checkpoint that comes back unchanged was read right by all.
 CHAINS = {"whole": tuple(PLAIN), "sharded": tuple(DISTRIBUTED)}
