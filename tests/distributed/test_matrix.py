@@ -49,6 +49,10 @@ def tensor(size: int) -> dict[str, Any]:
     return {"tensor_model_parallel_size": size}
 
 
+def context(size: int) -> dict[str, Any]:
+    return {"context_parallel_size": size}
+
+
 def pipeline(
     stages: int, chunk: int | None = None, first: int | None = None, last: int | None = None
 ) -> dict[str, Any]:
@@ -93,6 +97,9 @@ LAYOUTS: dict[str, Row] = {
     "tp4-sp-pp2-first-3": Row(flags=tensor(4) | SEQUENCE | pipeline(2, first=3)),
     "tp2-pp4": Row(flags=tensor(2) | pipeline(4)),
     "pp4-dp2-sharded": Row(flags=pipeline(4) | SHARDED, replicas=2),
+    "cp4-tp2-sp": Row(flags=context(4) | tensor(2) | SEQUENCE),
+    "cp2-tp2-sp-pp2-interleaved": Row(flags=context(2) | tensor(2) | SEQUENCE | pipeline(2, chunk=2)),
+    "cp2-pp2-dp2-overlapped": Row(flags=context(2) | pipeline(2) | OVERLAPPED, replicas=2),
     "tp2-untied": Row(flags=tensor(2) | SEQUENCE, model=UNTIED),
     "pp2-last-3-untied": Row(flags=pipeline(2, last=3), model=UNTIED),
     "tp2-pp2-dp2-untied": Row(flags=tensor(2) | pipeline(2) | OVERLAPPED, replicas=2, model=UNTIED),
