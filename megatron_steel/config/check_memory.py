@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_steel.config.families.steel import is_soft
 from megatron_steel.config.family import has_experts
-from megatron_steel.config.pipeline import is_uneven, layers_by_stage
+from megatron_steel.config.pipeline import layers_by_stage
 from megatron_steel.config.schema import Config, ModelConfig
 
 # Defaults of --cross-entropy-chunk-size: bytes of fp32 logits above which they are computed in parts, tokens of a part.
@@ -27,13 +25,10 @@ def recomputed_modules(config: Config) -> list[str]:
     return (memory.recompute_modules or ["core_attn"]) if memory.recompute_granularity == "selective" else []
 
 
-def layers_of_chunk(config: Config) -> int:
-    """Decoder layers of one model chunk; of uneven stages, the largest number that divides those of each."""
-    parallel = config.parallel
-    if is_uneven(config):
-        return math.gcd(*(len(layers) for layers in layers_by_stage(config)))
-    stage = config.size.num_layers // parallel.pipeline_model_parallel_size
-    return min(parallel.num_layers_per_virtual_pipeline_stage or stage, stage)
+def layers_of_chunks(config: Config) -> list[int]:
+    """Decoder layers of a model chunk on each pipeline stage."""
+    chunk = config.parallel.num_layers_per_virtual_pipeline_stage
+    return [min(chunk or len(layers), len(layers)) for layers in layers_by_stage(config)]
 
 
 def tokens_at_once(chunk: int | None, tokens: int, rows: int) -> int:
@@ -74,16 +69,17 @@ def check_memory(config: Config) -> None:
 
 def check_full(config: Config) -> None:
     """Whole layers: units of equal size, or some layers of each chunk."""
-    memory, layers = config.memory, layers_of_chunk(config)
+    memory, chunks = config.memory, layers_of_chunks(config)
     if memory.recompute_modules:
         raise ValueError("--recompute-modules needs --recompute-granularity selective; full recomputes whole layers")
     memory.recompute_method = memory.recompute_method or "uniform"
     number = memory.recompute_num_layers = 1 if memory.recompute_num_layers is None else memory.recompute_num_layers
-    if not 1 <= number <= layers:
-        raise ValueError(f"--recompute-num-layers {number} must be 1 to {layers}, the layers of a model chunk")
-    if memory.recompute_method == "uniform" and layers % number:
+    if not 1 <= number <= max(chunks):
+        raise ValueError(f"--recompute-num-layers {number} must be 1 to {max(chunks)}, the layers of a model chunk")
+    uneven = next((layers for layers in chunks if layers % number), None)
+    if memory.recompute_method == "uniform" and uneven is not None:
         raise ValueError(
-            f"{layers} layers of a model chunk are not divisible by --recompute-num-layers {number}, which "
+            f"{uneven} layers of a model chunk are not divisible by --recompute-num-layers {number}, which "
             f"--recompute-method uniform needs; use block, or a divisor"
         )
 

@@ -71,6 +71,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight_VH.addmm_(grad_RV.t(), hidden)
             else:
                 grad_weight_VH.add_(grad_RV.t() @ hidden)
+            # Or two parts would exist while the next one is made.
+            del logits_RV, slope_RV, grad_RV
         return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
 
 

@@ -22,14 +22,14 @@ from megatron_steel.config.check import data_parallel_size, virtual_chunks
 from megatron_steel.config.check_memory import (
     CHUNK,
     LARGE_LOGITS,
-    layers_of_chunk,
+    layers_of_chunks,
     recomputed_modules,
     tokens_at_once,
 )
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.families.steel import expert_width, is_soft
 from megatron_steel.config.family import has_experts
-from megatron_steel.config.pipeline import is_uneven, layers_by_stage
+from megatron_steel.config.pipeline import layers_by_stage
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.plan.parameters import (
     before_layers,
@@ -192,8 +192,8 @@ def layers_in_flight(config: Config, micro_batches: int, stage: int) -> int:
     return min(warm_up, micro_batches * chunks) * layers // (stages * chunks)
 
 
-def activation_bytes(config: Config, layers: int, tokens: int) -> int:
-    """Bytes that ``layers`` x micro-batches in flight keep.
+def activation_bytes(config: Config, stage: int, layers: int, tokens: int) -> int:
+    """Bytes that ``layers`` x micro-batches in flight keep on a pipeline stage.
 
     Recomputed as a whole, of a unit of layers its input is kept, and everything of the one unit in its backward pass.
     """
@@ -206,9 +206,8 @@ def activation_bytes(config: Config, layers: int, tokens: int) -> int:
     entry = tokens * config.size.hidden_size * element // whole
     number = memory.recompute_num_layers or 1
     if memory.recompute_method == "block":
-        # Of uneven stages the longest: the others compute a larger share again.
-        chunk = max(map(len, layers_by_stage(config))) if is_uneven(config) else layers_of_chunk(config)
-        again = layers * number // chunk
+        chunk = layers_of_chunks(config)[stage]
+        again = layers * min(number, chunk) // chunk
         return again * entry + (layers - again + 1) * layer
     return layers // number * entry + number * layer
 
@@ -258,7 +257,7 @@ def stage_memory(
         weights=weights,
         gradients=gradients,
         optimizer=state,
-        activations=activation_bytes(config, layers, tokens) + final_norm * int(last),
+        activations=activation_bytes(config, stage, layers, tokens) + final_norm * int(last),
         logits=logits_bytes(config, padded_vocab_size, tokens) if last else 0,
     )
 

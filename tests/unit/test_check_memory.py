@@ -13,6 +13,7 @@ from megatron_steel.config.load import from_flat
 FULL: dict[str, Any] = {"recompute_granularity": "full"}
 SELECTIVE: dict[str, Any] = {"recompute_granularity": "selective"}
 PIPELINE: dict[str, Any] = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 4}
+UNEVEN: dict[str, Any] = {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 10}
 EXPERTS: dict[str, Any] = {"model_family": "mixtral", "num_experts": 4}
 GPT: dict[str, Any] = {
     "model_family": "gpt_neox",
@@ -31,6 +32,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**FULL, "recompute_num_layers": 0}, "--recompute-num-layers 0 must be 1 to 24"),
     ({**FULL, "recompute_num_layers": 5}, "24 layers of a model chunk are not divisible by --recompute-num-layers 5"),
     ({**FULL, **PIPELINE, "recompute_num_layers": 5}, "--recompute-num-layers 5 must be 1 to 4"),
+    ({**FULL, **UNEVEN, "recompute_num_layers": 4}, "14 layers of a model chunk are not divisible by"),
     ({**SELECTIVE, "recompute_method": "block"}, "--recompute-method needs --recompute-granularity full"),
     ({**SELECTIVE, "recompute_num_layers": 1}, "--recompute-num-layers needs --recompute-granularity full"),
     ({**SELECTIVE, "recompute_modules": ["attention"]}, "--recompute-modules has no attention; use core_attn, mlp"),

@@ -255,14 +255,14 @@ def test_recomputed_layers_keep_their_input() -> None:
     """18 layers of 1792 in bf16: an input each, and all of the layer or unit that is in its backward pass."""
     config, tokens = steel(), 8192
     layer, entry = estimate.layer_activation_bytes(config, tokens), tokens * 1792 * 2
-    assert estimate.activation_bytes(config, 18, tokens) == 18 * layer
+    assert estimate.activation_bytes(config, 0, 18, tokens) == 18 * layer
     for method, number, expected in (
         ("uniform", 1, 18 * entry + layer),
         ("uniform", 3, 6 * entry + 3 * layer),
         ("block", 5, 5 * entry + 14 * layer),
     ):
         config.memory = MemoryConfig(recompute_granularity="full", recompute_method=method, recompute_num_layers=number)
-        assert estimate.activation_bytes(config, 18, tokens) == expected
+        assert estimate.activation_bytes(config, 0, 18, tokens) == expected
 
 
 def test_logits_in_parts_do_not_grow() -> None:
