@@ -100,6 +100,7 @@ LAYOUTS: dict[str, Row] = {
     "cp4-tp2-sp": Row(flags=context(4) | tensor(2) | SEQUENCE),
     "cp2-tp2-sp-pp2-interleaved": Row(flags=context(2) | tensor(2) | SEQUENCE | pipeline(2, chunk=2)),
     "cp2-pp2-dp2-overlapped": Row(flags=context(2) | pipeline(2) | OVERLAPPED, replicas=2),
+    "cp2-pp2-first-5": Row(flags=context(2) | pipeline(2, first=5)),
     "tp2-untied": Row(flags=tensor(2) | SEQUENCE, model=UNTIED),
     "pp2-last-3-untied": Row(flags=pipeline(2, last=3), model=UNTIED),
     "tp2-pp2-dp2-untied": Row(flags=tensor(2) | pipeline(2) | OVERLAPPED, replicas=2, model=UNTIED),

@@ -63,8 +63,8 @@ def logits_of_transformers(name: str, flags: dict[str, bool]) -> Tensor:
 
 
 @torch.no_grad()
-def work_logits(checkpoints: dict[str, str], flags: dict[str, bool]) -> dict[str, np.ndarray]:
-    """What our engine computes for the same rows, packed into one."""
+def work_logits(checkpoints: dict[str, str], flags: dict[str, bool], other: bool = False) -> dict[str, np.ndarray]:
+    """What our engine computes for the same rows, packed into one; with an ``other`` first document when asked to."""
     from megatron_steel.checkpoint.verify import load_for_inference
     from megatron_steel.objective.language import packed_documents
 
@@ -72,7 +72,10 @@ def work_logits(checkpoints: dict[str, str], flags: dict[str, bool]) -> dict[str
     found = {}
     for name, checkpoint in checkpoints.items():
         model, _ = load_for_inference(Path(checkpoint), world, bf16=False)
-        batch = build_batch(rows(model.vocab_size), flags)
+        ids = rows(model.vocab_size)
+        if other:
+            ids[0, :4] = ids[0, :4][::-1] - 1 + 2 * (ids[0, :4][::-1] <= EOD + 1)
+        batch = build_batch(ids, flags)
         inputs = (batch.tokens_BS.reshape(1, -1), batch.position_ids_BS.reshape(1, -1), None)
         logits = model.language_models()[0](*inputs, packed_seq_params=packed_documents(batch))
         found[name] = logits[..., : model.vocab_size].reshape(2, 40, -1).numpy()
@@ -98,3 +101,13 @@ def test_packed_documents_are_those_of_transformers(pool: WorkerPool, checkpoint
         print(f"{case}, {name}: {difference:.1e}, without the flags {np.abs(plain - theirs).max():.1e}")
         assert np.abs(plain - theirs).max() > 1000 * TOLERANCE
         assert difference < TOLERANCE
+
+
+def test_another_first_document_changes_no_bit_of_the_others(pool: WorkerPool, checkpoints: dict[str, str]) -> None:
+    flags = FLAGS["mask and positions"]
+    before, after = (pool.run(1, work_logits, checkpoints, flags, other, join=False)[0] for other in (False, True))
+    for name in NAMES:
+        assert np.abs(before[name][0, :4] - after[name][0, :4]).max() > 0.01
+        assert np.array_equal(before[name][0, 5:], after[name][0, 5:]) and np.array_equal(
+            before[name][1], after[name][1]
+        )
