@@ -122,7 +122,7 @@ class TrainingConfig:
     check_weight_hash_across_dp_replicas_interval: int | None = None
     """Iterations between comparisons of the replicas' weights; where they differ the run ends and saves nothing."""
     deterministic_mode: bool = False
-    """Compute only what gives the same bits again, and stop at what does not; a CPU does the same without, a GPU not."""
+    """Compute only what gives the same bits again, and stop at what does not; a CPU does so without, a GPU not."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main weights and gradients; fp32 otherwise."""
     fp8_format: Fp8Format | None = None
