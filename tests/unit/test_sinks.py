@@ -62,9 +62,7 @@ def test_console_line_has_the_fields_of_megatron_lm(capsys: pytest.CaptureFixtur
 def test_console_leaves_out_what_a_row_has_not(capsys: pytest.CaptureFixture[str]) -> None:
     ConsoleSink(100).write({"iteration": 3, "loss": math.nan, "loss_by_source": {}, "tflops_per_device": 0.0123})
     line = capsys.readouterr().out.split("] ")[1]
-    assert line == (
-        "iteration        3/     100 | throughput per GPU (TFLOP/s/GPU): 0.0123 | lm loss: NAN |\n"
-    )
+    assert line == ("iteration        3/     100 | throughput per GPU (TFLOP/s/GPU): 0.0123 | lm loss: NAN |\n")
 
 
 def test_console_validation_line(capsys: pytest.CaptureFixture[str]) -> None:
