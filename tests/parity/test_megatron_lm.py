@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_refused_by_name(
         assert not (tmp_path / "out").exists()
 
     refused(root / "llama", "--model-family qwen3 has no qk_layernorm False", "--model-family", "qwen3")
-    refused(root / "llama", "--model-family lama: must be one of", "--model-family", "lama")
+    refused(root / "llama", "--model-family qwen9: must be one of", "--model-family", "qwen9")
     refused(root / "llama", f"--vocab-size 300: {root}", "--vocab-size", 300)
     refused(root / "llama", "iter_0000003: holds no torch_dist checkpoint", "--ckpt-step", 3)
     refused(tmp_path, "latest_checkpointed_iteration.txt is missing")
