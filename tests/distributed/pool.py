@@ -206,11 +206,16 @@ def leave_ranks() -> None:
     """
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
     parallel_state.destroy_model_parallel()
     # Tables of angles, remembered by module and context-parallel group.
     rotary_pos_embedding.RotaryEmbedding.forward.cache_clear()
     yarn_rotary_pos_embedding.YarnRotaryEmbedding.forward.cache_clear()
+    # Dispatchers of experts keep a tensor whose graph leads, through hooks no collector sees, back to the model.
+    for found in gc.get_objects():
+        if issubclass(type(found), MoETokenDispatcher):
+            vars(found).clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     torch.set_num_threads(1)
