@@ -9,11 +9,14 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from megatron_steel.runtime import cpu, device, quiet
 
 # Before any test module is imported: many of them import megatron.core.
 cpu.install()
+# Tiny models gain nothing from more, and wait long for each other's threads where the cores are busy.
+torch.set_num_threads(1)
 
 # tests/ is no package; the directory is needed to import the pool from every kind of test.
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
