@@ -29,7 +29,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({FIRST: 3, STAGES: 4}, "3 leaves 5 of --num-layers 8 for 3 other stages .* leave a multiple of 3"),
     ({FIRST: 3, LAST: 4, STAGES: 2}, "must make up --num-layers 8 on 2 stages; change one by 1"),
     ({FIRST: 2, STAGES: 2, "num_layers_per_virtual_pipeline_stage": 1}, "does not go with .*; remove one of them"),
-    ({FIRST: 3, STAGES: 2, "recompute_granularity": "full", "recompute_num_layers": 2}, "must be 1 to 1"),
+    (
+        {FIRST: 3, STAGES: 2, "recompute_granularity": "full", "recompute_num_layers": 2},
+        "3 layers of a model chunk are not divisible by --recompute-num-layers 2",
+    ),
 ]
 
 
