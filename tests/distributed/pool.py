@@ -32,6 +32,8 @@ from megatron_steel.runtime.contact import lost_contact
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
 GRACE_SECONDS = 5.0
+# A rank of a large layout has about 70.
+MOST_THREADS = 250
 
 
 class RemoteTraceback(Exception):
@@ -56,6 +58,7 @@ class WorkerPool:
         An exception of a rank is raised here with the remote traceback as its cause; ``TimeoutError`` after
         ``timeout`` seconds. Ranks that died or hang are replaced before the next call.
         """
+        self._retire()
         self._grow(world_size)
         # The parent serves the store: no port is chosen before it is bound, and it outlives every rank.
         store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
@@ -75,6 +78,12 @@ class WorkerPool:
     def close(self) -> None:
         """End all workers; they have nothing to save."""
         self._kill()
+
+    def _retire(self) -> None:
+        """End workers in which something has leaked: threads of old process groups slow down all that follows."""
+        counts = (len(os.listdir(f"/proc/{process.pid}/task")) for process, _ in self._workers if process.is_alive())
+        if max(counts, default=0) > MOST_THREADS:
+            self._kill()
 
     def _grow(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")

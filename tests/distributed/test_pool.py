@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from pool import RemoteTraceback, WorkerPool
+from pool import MOST_THREADS, RemoteTraceback, WorkerPool
 
 
 def total(number: int) -> tuple[int, float, int]:
@@ -71,3 +72,20 @@ def test_pool_recovers(function: object, error: type[Exception], message: str) -
         assert [reply[1] for reply in pool.run(2, total, 1)] == [3.0, 3.0]
     finally:
         pool.close()
+
+
+def leave_threads(count: int) -> int:
+    """Start threads that never end; the process."""
+    for _ in range(count):
+        threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+    return os.getpid()
+
+
+def test_workers_that_leak_threads_are_replaced() -> None:
+    workers = WorkerPool()
+    try:
+        (first,) = workers.run(1, leave_threads, 5, join=False)
+        assert workers.run(1, leave_threads, MOST_THREADS, join=False) == [first]
+        assert workers.run(1, leave_threads, 0, join=False) != [first]
+    finally:
+        workers.close()
