@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,7 @@ from megatron_steel.checkpoint.dcp_read import INDEX_FILE
 # What megatron-core reads before anything else: how tensors and everything else are stored.
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
+SIGNAL_SECONDS = 0.5
 FILE_BYTES = 256_000_000
 
 
@@ -101,7 +102,11 @@ def write_chunks(
         # There is a sha256 of every file. Each thread has to be told; before PyTorch 2.13 it was one setting for all.
         with ThreadPoolExecutor(threads, initializer=torch.serialization.set_crc32_options, initargs=(False,)) as pool:
             try:
-                written = list(pool.map(write, names, shares))
+                pending = [pool.submit(write, *work) for work in zip(names, shares, strict=True)]
+                # A signal that another thread was given is only seen when this one wakes up.
+                while wait(pending, timeout=SIGNAL_SECONDS).not_done:
+                    continue
+                written = [done.result() for done in pending]
             finally:
                 stop.set()
     finally:
