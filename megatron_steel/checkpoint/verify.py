@@ -89,8 +89,8 @@ def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None)
     """The model of a checkpoint on the layout of ``world``, in evaluation mode, with its options.
 
     ``bf16`` overrides the precision it was trained in (fp32 when False); FP8, which takes only some numbers of tokens,
-    becomes bf16. The layer backend is this machine's
-    best, whatever wrote the checkpoint. Raises ``ValueError`` when the model cannot be split like that.
+    becomes bf16. The layer backend is this machine's best, whatever wrote the checkpoint. Raises ``ValueError`` when
+    the model cannot be split like that.
     """
     state = read_state(checkpoint)
     config = from_flat(state.config)

@@ -8,31 +8,14 @@ import numpy as np
 import pytest
 import torch
 from pool import WorkerPool
+from test_experts import FAMILIES as EXPERTS
 from tiny_run import LAYOUTS, Trace, open_session, options, work_train, write_data
 
 STEPS = 2
 FULL = {"recompute_granularity": "full"}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 LLAMA = {"model_family": "llama", "add_qkv_bias": False}
-LATENT = {
-    **LLAMA,
-    "model_family": "deepseek_v3",
-    "num_query_groups": None,
-    "multi_latent_attention": True,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 10,
-    "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 8,
-    "num_experts": 8,
-    "moe_router_topk": 3,
-    "moe_ffn_hidden_size": 24,
-    "moe_shared_expert_intermediate_size": 48,
-    "moe_layer_freq": [0, 1, 1, 1],
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_aux_loss_coeff": 0.05,
-}
+LATENT = {**LLAMA, **EXPERTS["deepseek_v3"], "model_family": "deepseek_v3"}
 GEMMA = {
     **LLAMA,
     "softmax_scale": 0.5,

@@ -108,6 +108,16 @@ def steps(**changes: Any) -> dict[str, Any]:
     return {"normalizer": {"type": "NFC"}, "pre_tokenizer": before, "decoder": alphabet} | changes
 
 
+def same_as_auto_tokenizer(path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is read directly or not, and either way it is what AutoTokenizer makes of it."""
+    assert (huggingface.load_direct(path, huggingface.read_config(path)) is not None) == direct
+    ours = build_tokenizer("HuggingFaceTokenizer", str(path))
+    monkeypatch.setattr(huggingface, "load_direct", lambda *_: None)
+    library = build_tokenizer("HuggingFaceTokenizer", str(path))
+    assert ours.describe() == library.describe()
+    assert ours.encode_documents(texts()) == library.encode_documents(texts())
+
+
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -132,12 +142,7 @@ def test_a_qwen2_folder_is_read_directly_only_where_that_is_the_same(
     config: dict[str, Any], state: dict[str, Any], direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = folder(tmp_path, config, state)
-    assert (huggingface.load_direct(path, huggingface.read_config(path)) is not None) == direct
-    ours = build_tokenizer("HuggingFaceTokenizer", str(path))
-    monkeypatch.setattr(huggingface, "load_direct", lambda *_: None)
-    library = build_tokenizer("HuggingFaceTokenizer", str(path))
-    assert ours.describe() == library.describe()
-    assert ours.encode_documents(texts()) == library.encode_documents(texts())
+    same_as_auto_tokenizer(path, direct, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +160,7 @@ def test_a_model_beside_it_rules_that_out_unless_it_is_a_qwen(
 ) -> None:
     path = folder(tmp_path, qwen2(), steps())
     (path / "config.json").write_text(json.dumps(model), encoding="utf-8")
-    assert (huggingface.load_direct(path, huggingface.read_config(path)) is not None) == direct
-    ours = build_tokenizer("HuggingFaceTokenizer", str(path))
-    monkeypatch.setattr(huggingface, "load_direct", lambda *_: None)
-    library = build_tokenizer("HuggingFaceTokenizer", str(path))
-    assert ours.describe() == library.describe()
-    assert ours.encode_documents(texts()) == library.encode_documents(texts())
+    same_as_auto_tokenizer(path, direct, monkeypatch)
 
 
 def test_documents_are_never_cut_or_padded(tmp_path: Path) -> None:
