@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron_steel.config.check_batch import check_batch
 from megatron_steel.config.check_context import check_context
-from megatron_steel.config.check_experts import check_experts
+from megatron_steel.config.check_experts import check_expert_ranks, check_experts
 from megatron_steel.config.check_fsdp import check_fsdp
 from megatron_steel.config.check_latent import check_latent
 from megatron_steel.config.check_memory import check_memory
@@ -47,6 +47,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_memory(config)
     check_schedule(config)
     check_batch(config, data_parallel_size(config, world_size), virtual_chunks(config) is not None)
+    check_expert_ranks(config, world_size)
     check_overlap(config)
     check_fsdp(config, data_parallel_size(config, world_size))
     check_documents(config)
@@ -71,6 +72,7 @@ def check_positive(config: Config) -> None:
         (config.size, ("rotary_base_local", "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping")),
         (config.size, ("soft_experts", "slots_per_expert", "mlp_div_ratio")),
         (config.parallel, ("tensor_model_parallel_size", "pipeline_model_parallel_size")),
+        (config.parallel, ("expert_model_parallel_size", "expert_tensor_parallel_size")),
         (config.parallel, ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")),
         (
             config.parallel,

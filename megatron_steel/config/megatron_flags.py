@@ -28,8 +28,6 @@ KNOWN_FLAGS: dict[str, str] = {
     "weight-decay-incr-style": NOT_YET,
     "recompute-activations": "use --recompute-granularity selective",
     "cp-comm-type": "the torch backend gathers keys and values, Transformer Engine passes them round; remove the flag",
-    "expert-model-parallel-size": NOT_YET,
-    "expert-tensor-parallel-size": NOT_YET,
     "tensorboard-queue-size": "events are flushed at every log line; remove the flag",
     "num-workers": "one background thread reads ahead on each rank that needs data; remove the flag",
     "dataloader-type": "the data ledger decides the order; remove the flag",

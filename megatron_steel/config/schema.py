@@ -33,6 +33,10 @@ class ParallelConfig:
     """Pipeline stages."""
     context_parallel_size: int = 1
     """Ranks that share each sample: each has the activations of two chunks of it, and gathers all keys and values."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of each layer out among them; taken from all ranks of a pipeline stage."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert; tensor_model_parallel_size when unset."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per model chunk; switches on the interleaved pipeline schedule."""
     decoder_first_pipeline_num_layers: int | None = None

@@ -24,6 +24,7 @@ from megatron_steel.model.embedding import add_embedding_scale, add_stable_embed
 from megatron_steel.model.families import transformer_config
 from megatron_steel.model.fully_sharded import FullyShardedModel
 from megatron_steel.model.initialize import initialize_weights
+from megatron_steel.model.moe import mark_experts
 from megatron_steel.model.output import set_output_layer
 from megatron_steel.model.rope import add_rotary_table
 from megatron_steel.model.spec import layer_spec
@@ -128,6 +129,7 @@ def build_chunk(
     if last:
         chunk = config.memory.cross_entropy_chunk_size
         set_output_layer(model, vocab_size, size.final_logit_softcapping, chunk)
+    mark_experts(model)
     initialize_weights(model, size, vocab_size, config.data.seed, world.tensor_group)
     return model
 

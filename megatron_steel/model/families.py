@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megatron_steel.config.check import virtual_chunks
+from megatron_steel.config.check_experts import expert_tensor_size
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.family import group_count, head_width
 from megatron_steel.config.model_schema import Activation
@@ -112,6 +113,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(config),
         # The loss is divided by the number of tokens of the whole step before the first backward pass; megatron-core
         # must neither average over micro-batches nor over replicas.
         calculate_per_token_loss=True,

@@ -59,6 +59,18 @@ def expert_spec(provider: BackendSpecProvider, size: ModelConfig) -> ModuleSpec:
     return spec
 
 
+def mark_experts(model: torch.nn.Module) -> None:
+    """Tell data parallelism which weights of ``model`` are experts, whose copies are on other ranks than dense ones.
+
+    megatron-core 0.16.1 does so where experts are spread over ranks, but not where only an expert is shared by other
+    ranks than a dense layer: gradients of its copies would then not be summed. Where the ranks are the same it does not
+    either, and the optimizer would have one part instead of two: such a checkpoint would not load on other layouts.
+    """
+    for name, parameter in model.named_parameters():
+        if ".local_experts." in name:
+            parameter.allreduce = False
+
+
 @dataclass(frozen=True)
 class GroupChoice:
     """Choose groups of experts by the sum of their ``best`` scores, then experts inside the chosen groups.

@@ -199,6 +199,21 @@ ROWS: tuple[Row, ...] = (
         "self._event = torch.cuda.Event()",
         "the overlapped schedule orders its streams by events",
     ),
+    # Collectives that gloo has for equal sizes only, or not at all.
+    Row(
+        "torch.distributed.all_gather",
+        host.all_gather,
+        "tensor_parallel/mappings.py",
+        "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
+        "ranks that share an expert give different numbers of tokens",
+    ),
+    Row(
+        "torch.distributed.reduce_scatter",
+        host.reduce_scatter,
+        "tensor_parallel/mappings.py",
+        "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
+        "ranks that share an expert get different numbers of tokens back",
+    ),
     # Compilation.
     Row(
         "megatron.core.jit.jit_fuser",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 HOST = torch.device("cpu")
 
@@ -100,6 +101,29 @@ def set_rng_state(state: torch.Tensor, device: object = None) -> None:
 def manual_seed(seed: int) -> None:
     """Seed the generator that random numbers of host tensors come from."""
     torch.default_generator.manual_seed(seed)
+
+
+def all_gather(
+    outputs: list[torch.Tensor], mine: torch.Tensor, group: dist.ProcessGroup | None = None, **options: Any
+) -> Any:
+    """``dist.all_gather`` of tensors whose first axis may differ between ranks: padded on the way."""
+    rows = [len(output) for output in outputs]
+    if len(set(rows)) == 1:
+        return dist.all_gather(outputs, mine, group=group, **options)
+    padded = mine.new_zeros((max(rows), *mine.shape[1:]))
+    padded[: len(mine)] = mine
+    gathered = [torch.empty_like(padded) for _ in outputs]
+    dist.all_gather(gathered, padded, group=group)
+    for output, whole in zip(outputs, gathered, strict=True):
+        output.copy_(whole[: len(output)])
+    return None
+
+
+def reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Sum ``inputs`` over ranks, rank r keeps the r-th; their first axis may differ."""
+    total = torch.cat(inputs)
+    dist.all_reduce(total, group=group)
+    output.copy_(total.split([len(part) for part in inputs])[dist.get_rank(group)])
 
 
 def call_now(callback: Callable[[], None], **_: object) -> None:

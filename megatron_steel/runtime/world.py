@@ -53,6 +53,9 @@ class World:
     """Ranks that hold the same weights and get other tokens: over these gradients and losses are summed."""
     sample_group: dist.ProcessGroup
     """Tensor- and context-parallel ranks of a pipeline stage: they work on the same samples."""
+    expert_tensor_rank: int
+    expert_tensor_size: int
+    """Ranks that share each expert."""
     expert_rank: int
     expert_size: int
     expert_group: dist.ProcessGroup
@@ -76,6 +79,7 @@ def start(
     virtual_pipeline_model_parallel_size: int | None = None,
     context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     timeout_minutes: float = 10.0,
     seed: int = 1234,
 ) -> World:
@@ -107,6 +111,7 @@ def start(
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,  # need not be whole
     )
     on_host = dist.group.WORLD if where.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
@@ -136,6 +141,8 @@ def start(
         data_group=parallel_state.get_data_parallel_group(),
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         sample_group=parallel_state.get_tensor_and_context_parallel_group(),
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_group=parallel_state.get_expert_model_parallel_group(),

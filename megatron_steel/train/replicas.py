@@ -10,7 +10,6 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_steel.model.build import Model
@@ -50,7 +49,7 @@ def weight_hashes(model: Model, world: World) -> dict[tuple[Any, ...], int]:
     """Hash of each parameter of this rank by its name and place: what has the same key must have the same weights."""
     hashes: dict[tuple[Any, ...], int] = {}
     dense = (world.tensor_rank,)
-    expert = (world.expert_rank, parallel_state.get_expert_tensor_parallel_rank())
+    expert = (world.expert_rank, world.expert_tensor_rank)
     for language_model in model.language_models():
         for name, parameter in language_model.named_parameters():
             # megatron-core's mark of a weight that is not the same on all data-parallel ranks, but on some of them.

@@ -167,6 +167,8 @@ def run(prepared: Prepared) -> int:
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_chunks(config),
         context_parallel_size=config.parallel.context_parallel_size,
+        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.data.seed,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pool import WorkerPool
 from test_layouts import compare
-from tiny_run import OVERLAPPED, SHARDED, Trace, options, work_train, write_data
+from tiny_run import MIXTURE, OVERLAPPED, SHARDED, Trace, options, work_train, write_data
 
 from megatron_steel.config.load import from_flat
 from megatron_steel.config.pipeline import layers_by_stage
@@ -42,6 +42,7 @@ class Row:
     @property
     def ranks(self) -> int:
         sizes = (self.flags.get(f"{name}_model_parallel_size", 1) for name in ("tensor", "pipeline"))
+        # Experts are spread over ranks that are counted here already.
         return math.prod(sizes) * self.flags.get("context_parallel_size", 1) * self.replicas
 
 
@@ -61,7 +62,12 @@ def pipeline(
     return {name: value for name, value in flags.items() if value is not None}
 
 
+def experts(spread: int, shared: int | None = None) -> dict[str, Any]:
+    return {"expert_model_parallel_size": spread} | ({"expert_tensor_parallel_size": shared} if shared else {})
+
+
 SEQUENCE = {"sequence_parallel": True}
+DEALT = MIXTURE | {"moe_token_dispatcher_type": "allgather"}
 UNTIED = {"untie_embeddings_and_output_weights": True}
 
 LAYOUTS: dict[str, Row] = {
@@ -101,6 +107,20 @@ LAYOUTS: dict[str, Row] = {
     "cp2-tp2-sp-pp2-interleaved": Row(flags=context(2) | tensor(2) | SEQUENCE | pipeline(2, chunk=2)),
     "cp2-pp2-dp2-overlapped": Row(flags=context(2) | pipeline(2) | OVERLAPPED, replicas=2),
     "cp2-pp2-first-5": Row(flags=context(2) | pipeline(2, first=5)),
+    "ep2": Row(flags=experts(2), replicas=2, model=MIXTURE),
+    "ep8-overlapped": Row(flags=experts(8) | OVERLAPPED, replicas=8, model=MIXTURE),
+    "tp2-sp-etp1": Row(flags=tensor(2) | SEQUENCE | experts(1, 1), model=MIXTURE),
+    "tp2-sp-ep2-etp1": Row(flags=tensor(2) | SEQUENCE | experts(2, 1), model=MIXTURE),
+    "tp2-sp-ep2-dp2-overlapped": Row(flags=tensor(2) | SEQUENCE | experts(2) | OVERLAPPED, replicas=2, model=MIXTURE),
+    "tp2-sp-ep4-etp1-pp2-interleaved-dp2": Row(
+        flags=tensor(2) | SEQUENCE | experts(4, 1) | pipeline(2, chunk=2) | OVERLAPPED, replicas=2, model=MIXTURE
+    ),
+    "tp2-sp-ep2-etp4": Row(flags=tensor(2) | SEQUENCE | experts(2, 4) | SHARDED, replicas=4, model=DEALT),
+    "ep2-pp2": Row(flags=experts(2) | pipeline(2), replicas=2, model=MIXTURE),
+    "cp2-ep2": Row(flags=context(2) | experts(2), model=MIXTURE),
+    "cp2-tp2-sp-ep4-etp2-dp2-allgather": Row(
+        flags=context(2) | tensor(2) | SEQUENCE | experts(4) | OVERLAPPED, replicas=2, model=DEALT
+    ),
     "tp2-untied": Row(flags=tensor(2) | SEQUENCE, model=UNTIED),
     "pp2-last-3-untied": Row(flags=pipeline(2, last=3), model=UNTIED),
     "tp2-pp2-dp2-untied": Row(flags=tensor(2) | pipeline(2) | OVERLAPPED, replicas=2, model=UNTIED),

@@ -14,6 +14,8 @@ from megatron.core import dist_checkpointing
 from pool import WorkerPool
 from tiny_run import (
     LAYOUTS,
+    MIXTURE,
+    OVERLAPPED,
     PP2,
     ROWS,
     SHARDED,
@@ -39,10 +41,27 @@ DISTRIBUTED = {
     "dp2-overlapped": LAYOUTS["dp2-overlapped"],
     "tp2-dp2-sharded": LAYOUTS["tp2-dp2-sharded"],
 }
+# Ranks that share an expert, and ranks that have other experts.
+SPREAD = {
+    "experts-1": Layout(flags={**MIXTURE, **SHARDED}),
+    "ep2": Layout(ranks=2, flags={**MIXTURE, **OVERLAPPED, "expert_model_parallel_size": 2}),
+    "tp2-sp-ep2-etp1": Layout(
+        ranks=2,
+        flags={
+            **MIXTURE,
+            **TP2,
+            **SHARDED,
+            "sequence_parallel": True,
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+        },
+    ),
+    "ep2-pp2": Layout(ranks=4, flags={**MIXTURE, **PP2, **SHARDED, "expert_model_parallel_size": 2}),
+}
 PLAIN["pp2-uneven"] = Layout(ranks=2, flags={**PP2, "decoder_first_pipeline_num_layers": 3})
-ALL = {**PLAIN, **DISTRIBUTED}
+ALL = {**PLAIN, **DISTRIBUTED, **SPREAD}
 # Every layout writes what another kind of layout reads; a checkpoint that comes back unchanged was read right by all.
-CHAINS = {"whole": tuple(PLAIN), "sharded": tuple(DISTRIBUTED)}
+CHAINS = {"whole": tuple(PLAIN), "sharded": tuple(DISTRIBUTED), "experts": tuple(SPREAD)}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

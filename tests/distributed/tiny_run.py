@@ -63,6 +63,18 @@ CP2 = {"context_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
+MIXTURE: dict[str, Any] = {
+    "model_family": "qwen3_moe",
+    "add_qkv_bias": False,
+    "qk_layernorm": True,
+    "num_experts": 8,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": True,
+    "moe_ffn_hidden_size": 24,
+    "moe_aux_loss_coeff": 0.05,
+}
+"""What makes the tiny model a mixture of experts."""
+
 LAYOUTS: dict[str, Layout] = {
     "1": Layout(),
     "tp2": Layout(ranks=2, flags=TP2),
@@ -93,6 +105,7 @@ class Trace:
     splits: dict[str, int] = field(default_factory=dict)
     """Axis along which a weight is shared out over tensor-parallel ranks."""
     tensor_rank: int = 0
+    expert_tensor_rank: int = 0
     gated: bool = True
     """Whether the first matrix of a feed-forward holds two."""
     consumed_samples: int = 0
@@ -138,6 +151,8 @@ def start_world(flat: dict[str, Any]) -> World:
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_chunks(config),
         context_parallel_size=config.parallel.context_parallel_size,
+        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
         timeout_minutes=1.0,
         seed=config.data.seed,
     )
@@ -156,13 +171,15 @@ def take_steps(session: Session, steps: int, trace: Trace) -> None:
 def keep_weights(session: Session, trace: Trace) -> None:
     """Copy this rank's weights under their names in the whole model."""
     session.model.gather_parameters()
-    trace.tensor_rank = session.world.tensor_rank
+    trace.tensor_rank, trace.expert_tensor_rank = session.world.tensor_rank, session.world.expert_tensor_rank
     trace.gated = session.model.options.gated_linear_unit
     for model in session.model.language_models():
         for local_name, parameter in model.named_parameters():
             name = model_wide_name(model, local_name)
             trace.weights[name] = parameter.detach().float().numpy().copy()
-            if session.world.tensor_size > 1 and getattr(parameter, "tensor_model_parallel", False):
+            world = session.world
+            ranks = world.expert_tensor_size if ".local_experts." in name else world.tensor_size
+            if ranks > 1 and getattr(parameter, "tensor_model_parallel", False):
                 trace.splits[name] = parameter.partition_dim
 
 
@@ -189,7 +206,8 @@ def whole_weights(traces: Sequence[Trace], rows: int = ROWS) -> dict[str, np.nda
     for name in sorted(names):
         by_rank: dict[int, np.ndarray] = {}
         for trace in (trace for trace in traces if name in trace.weights):
-            known = by_rank.setdefault(trace.tensor_rank, trace.weights[name])
+            rank = trace.expert_tensor_rank if ".local_experts." in name else trace.tensor_rank
+            known = by_rank.setdefault(rank, trace.weights[name])
             assert np.array_equal(known, trace.weights[name]), f"{name} differs between ranks"
         shares = [by_rank[rank] for rank in sorted(by_rank)]
         axis = next((trace.splits[name] for trace in traces if name in trace.splits), None)
