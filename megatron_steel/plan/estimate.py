@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_steel.config.check import data_parallel_size, virtual_chunks
+from megatron_steel.config.check_experts import expert_tensor_size
 from megatron_steel.config.check_memory import (
     CHUNK,
     LARGE_LOGITS,
@@ -84,17 +85,32 @@ def flops_per_token(
     return 6.0 * count_parameters(model, padded_vocab_size).matmul + scores + slots
 
 
-def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> int:
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters on one rank of a pipeline stage: of experts, and the others; copies are not on the same ranks."""
+
+    dense: int
+    experts: int
+
+
+def expert_ranks(config: Config) -> int:
+    """Ranks that the experts of a layer are divided over."""
+    return config.parallel.expert_model_parallel_size * expert_tensor_size(config)
+
+
+def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> StageParameters:
     """Parameters on one rank of a pipeline stage. Norms are whole on every tensor-parallel rank, the rest is split."""
     model, parallel = config.size, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layers = sum(layer_weights(model, layer).on_rank(tensor) for layer in layers_by_stage(config)[stage])
+    weights = [layer_weights(model, layer) for layer in layers_by_stage(config)[stage]]
+    layers = sum(layer.dense_on_rank(tensor) for layer in weights)
     table = padded_vocab_size * model.hidden_size // tensor
     first, last = stage == 0, stage == stages - 1
     # The last stage has a copy of a tied embedding, unless it is the first one too.
     tables = int(first) + int(last and (stages > 1 or model.untie_embeddings_and_output_weights))
     ends = (before_layers(model) if first else 0) + (norm_weights(model) if last else 0)
-    return layers + tables * table + ends
+    experts = sum(layer.experts for layer in weights) // expert_ranks(config)
+    return StageParameters(dense=layers + tables * table + ends, experts=experts)
 
 
 def feed_forward_elements(model: ModelConfig) -> tuple[int, int]:
@@ -175,7 +191,9 @@ def layer_activation_bytes(config: Config, tokens: int) -> int:
     # Gathered inside the attention, and once more where that is computed again.
     kept_gathered = ranks > 1 and "core_attn" not in modules
     gathered = 2 * tokens * ranks * gathered_width(model) * element // tensor if kept_gathered else 0
-    return tokens * divided + tokens * residual // whole + tokens * by_expert * element + gathered
+    # Ranks that share an expert each have all tokens that go to it.
+    sorted_tokens = tokens * by_expert * element * expert_tensor_size(config) // tensor
+    return tokens * divided + tokens * residual // whole + sorted_tokens + gathered
 
 
 def layers_in_flight(config: Config, micro_batches: int, stage: int) -> int:
@@ -221,22 +239,26 @@ def logits_bytes(config: Config, padded_vocab_size: int, tokens: int) -> int:
     return at_once * rows * each + (4 * rows * config.size.hidden_size if 0 < at_once < tokens else 0)
 
 
-def parameter_bytes(config: Config, parameters: int, replicas: int) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state of a rank whose stage has so many parameters.
+def parameter_bytes(config: Config, held: StageParameters, replicas: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state of a rank that holds these parameters.
 
     Fully sharded (Zhao et al. 2023, arXiv:2304.11277): shards in fp32, and in the computing type what is outside the
     layers, two layers' weights (one is fetched ahead) and one layer's gradients.
     """
     model, training = config.size, config.training
     element = 4 if compute_type(training) == "float32" else 2
+    parameters = held.dense + held.experts
     if config.parallel.use_torch_fsdp2:
-        layers = [layer_weights(model, layer).on_rank(1) for layer in range(model.num_layers)]
+        layers = [layer_weights(model, layer).total for layer in range(model.num_layers)]
         outside, largest, shard = parameters - sum(layers), max(layers), -(-parameters // replicas)
         return 4 * shard + (outside + 2 * largest) * element, 4 * shard + (outside + largest) * element, 8 * shard
     # Two fp32 moments, and an fp32 copy of 16-bit weights; or two moments of the weights' type alone.
-    state = parameters * (4 if training.pure_bf16 else 12 if element == 2 else 8)
+    each = 4 if training.pure_bf16 else 12 if element == 2 else 8
+    state = parameters * each
     if config.parallel.use_distributed_optimizer:
-        state = -(-state // (replicas * config.parallel.context_parallel_size))
+        copies = replicas * config.parallel.context_parallel_size
+        of_experts = copies * config.parallel.tensor_model_parallel_size // expert_ranks(config)
+        state = -(-held.dense * each // copies) - (-held.experts * each // of_experts)
     return parameters * element, parameters * (2 if training.pure_bf16 else 4), state
 
 
@@ -247,8 +269,8 @@ def stage_memory(
     model, training, parallel = config.size, config.training, config.parallel
     tensor, last = parallel.tensor_model_parallel_size, stage == parallel.pipeline_model_parallel_size - 1
     element = 4 if compute_type(training) == "float32" else 2
-    parameters = stage_parameters(config, padded_vocab_size, stage)
-    weights, gradients, state = parameter_bytes(config, parameters, replicas)
+    held = stage_parameters(config, padded_vocab_size, stage)
+    weights, gradients, state = parameter_bytes(config, held, replicas)
     tokens = training.seq_length * micro_batch_size // parallel.context_parallel_size
     # Input and output of the last norm.
     final_norm = 2 * tokens * model.hidden_size * element // (tensor if parallel.sequence_parallel else 1)

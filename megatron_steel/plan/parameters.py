@@ -30,26 +30,27 @@ class ParameterCount:
 class Weights:
     """Parameters of a part of the model, by what tensor parallelism does with them.
 
-    split: divided over the ranks. whole: on every rank. matmul: those of both that multiply a token. idle: those of
-    both in experts that a token does not go to.
+    split: divided over the ranks. whole: on every rank. experts: those of experts a token may go to, divided over other
+    ranks. matmul: those of all that multiply a token. idle: those in experts that a token does not go to.
     """
 
     split: int = 0
     whole: int = 0
+    experts: int = 0
     matmul: int = 0
     idle: int = 0
 
     def __add__(self, other: Weights) -> Weights:
-        matmul, idle = self.matmul + other.matmul, self.idle + other.idle
-        return Weights(self.split + other.split, self.whole + other.whole, matmul, idle)
+        mine, theirs = (vars(weights).values() for weights in (self, other))
+        return Weights(*map(sum, zip(mine, theirs, strict=True)))
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.split + self.whole
+        return self.split + self.whole + self.experts
 
-    def on_rank(self, tensor_parallel_size: int) -> int:
-        """Parameters one tensor-parallel rank holds."""
+    def dense_on_rank(self, tensor_parallel_size: int) -> int:
+        """Parameters outside of experts that one tensor-parallel rank holds."""
         return self.split // tensor_parallel_size + self.whole
 
 
@@ -147,8 +148,9 @@ def expert_mixture(model: ModelConfig) -> Weights:
     shared = each * hidden * (model.moe_shared_expert_intermediate_size or 0)
     router, chosen = experts * hidden, model.moe_router_topk
     return Weights(
-        split=experts * expert + shared,
+        split=shared,
         whole=router,
+        experts=experts * expert,
         matmul=chosen * expert + shared + router,
         idle=(experts - chosen) * expert,
     )

@@ -7,6 +7,9 @@ import torch
 from test_hf_experts import PUBLISHED, configured
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_steel.config.check import check
+from megatron_steel.config.load import from_flat
+from megatron_steel.plan import estimate
 from megatron_steel.plan.estimate import flops_per_token
 from megatron_steel.plan.parameters import count_parameters, feed_forward
 
@@ -60,6 +63,26 @@ def test_tensor_parallel_ranks_share_experts_but_not_the_router() -> None:
     size = configured(PUBLISHED["DeepSeek-V3"]).size
     part = feed_forward(size, 3)
     assert part.whole == 256 * 7168
-    assert part.split == 257 * 3 * 7168 * 2048
+    assert part.split == 3 * 7168 * 2048 and part.experts == 256 * 3 * 7168 * 2048
     assert part.idle == 248 * 3 * 7168 * 2048
     assert feed_forward(size, 2).split == 3 * 7168 * 18432
+
+
+def test_spread_experts_take_less_of_each_rank() -> None:
+    """8 ranks, two tensor-parallel: experts of 64 over 8, 4 and 2 ranks, with 1, 2 and 4 copies to share a state."""
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True}
+    size = {"model_family": "qwen3_moe", "num_experts": 64, "moe_router_topk": 4, "moe_ffn_hidden_size": 256}
+    size |= {"moe_router_pre_softmax": True, "qk_layernorm": True, "num_layers": 2, "vocab_size": 1024}
+    experts = 2 * 64 * 3 * 1024 * 256
+    held = {}
+    for spread, shared in ((8, 1), (2, 2), (2, 1)):
+        flags = {"expert_model_parallel_size": spread, "expert_tensor_parallel_size": shared}
+        config = from_flat({**layout, **size, **flags, "hidden_size": 1024, "num_attention_heads": 16, "bf16": True})
+        check(config, 8)
+        ranks = spread * shared
+        held[ranks] = estimate.memory_per_rank(config, 1024, 8)
+        assert estimate.stage_parameters(config, 1024, 0).experts == experts // ranks
+    # bf16 weights; moments and fp32 weights are shared among the copies, so that every rank has as much of them.
+    assert held[2].weights - held[8].weights == 2 * (experts // 2 - experts // 8)
+    assert held[2].optimizer == held[8].optimizer == held[4].optimizer
+    assert held[4].activations - held[8].activations == 2 * config.training.seq_length * 4 * 1024 * 2 // 2

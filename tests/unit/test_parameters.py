@@ -71,7 +71,7 @@ def test_tensor_parallel_ranks_hold_the_biases_that_are_added_once() -> None:
     part = layer_weights(model, 0)
     norms, output_biases = 4 * 96, 2 * 96
     assert part.whole == norms + output_biases
-    assert 2 * part.on_rank(2) - part.whole == part.total
+    assert 2 * part.dense_on_rank(2) - part.whole == part.total
     assert attention(model).split == 4 * 96 * 96 + 3 * 96
 
 
