@@ -20,6 +20,7 @@ from megatron_steel.checkpoint import files
 from megatron_steel.checkpoint.state import STATE_FILE, TrainState
 from megatron_steel.model.build import Model
 from megatron_steel.model.fully_sharded import like_parameters
+from megatron_steel.optim.host_adamw import HOST, HostAdamW, first_state
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.signals import end_with_parent
 from megatron_steel.runtime.world import World
@@ -177,8 +178,8 @@ def allocate_moments(optimizer: ChainedOptimizer) -> None:
             continue
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+                where = HOST if isinstance(inner, HostAdamW) else parameter.device
+                inner.state[parameter] = first_state(parameter, where)
 
 
 def add_first_step(optimizer: ChainedOptimizer, loaded: dict[Any, Any]) -> None:

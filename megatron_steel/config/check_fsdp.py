@@ -19,6 +19,7 @@ ALONE: dict[str, Any] = {
     "check_weight_hash_across_dp_replicas_interval": None,  # no two ranks hold the same weights
     "fp16": False,
     "pure_bf16": False,
+    "optimizer_cpu_offload": False,
     "num_experts": None,
     "multi_latent_attention": False,
     "ffn_type": "dense",

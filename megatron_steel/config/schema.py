@@ -197,6 +197,8 @@ class OptimizerConfig:
     """Second-moment decay."""
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
+    optimizer_cpu_offload: bool = False
+    """Keep both moments in host memory and update there; weights and gradients stay on the GPU."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     override_opt_param_scheduler: bool = False

@@ -15,6 +15,7 @@ from megatron_steel.config.schema import OptimizerConfig as OptimizerOptions
 from megatron_steel.model.build import Model
 from megatron_steel.model.fully_sharded import is_sharded
 from megatron_steel.optim.fully_sharded import shard_optimizer
+from megatron_steel.optim.host_adamw import allow_loading, keep_moments_on_host
 from megatron_steel.optim.loss_scale import add_loss_scale, move_scale
 from megatron_steel.runtime import device
 
@@ -62,6 +63,9 @@ def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
         add_loss_scale(config.training, optimizer, model)
     if config.training.pure_bf16:
         keep_moments_narrow(optimizer, options)
+    if options.optimizer_cpu_offload:
+        keep_moments_on_host(optimizer)
+    allow_loading(optimizer)
     return optimizer
 
 

@@ -254,6 +254,8 @@ def parameter_bytes(config: Config, held: StageParameters, replicas: int) -> tup
         return 4 * shard + (outside + 2 * largest) * element, 4 * shard + (outside + largest) * element, 8 * shard
     # Two fp32 moments, and an fp32 copy of 16-bit weights; or two moments of the weights' type alone.
     each = 4 if training.pure_bf16 else 12 if element == 2 else 8
+    if config.optimizer.optimizer_cpu_offload:
+        each -= 4 if training.pure_bf16 else 8
     state = parameters * each
     if config.parallel.use_distributed_optimizer:
         copies = replicas * config.parallel.context_parallel_size

@@ -222,14 +222,6 @@ ROWS: tuple[Row, ...] = (
         "jit_fuser = torch.compile",
         "compiling costs seconds at the first step and saves nothing on the host",
     ),
-    # Loading a checkpoint.
-    Row(
-        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
-        host.set_main_param_and_optimizer_states,
-        "optimizer/distrib_optimizer.py",
-        "dst_tensors[key].copy_(tensors[key])",
-        "asks the checkpoint for torch AdamW's own step count (KeyError) and leaves one count shared by all parameters",
-    ),
     # Mixture of experts.
     Row(
         "megatron.core.transformer.moe.moe_utils.te_general_gemm",

@@ -166,22 +166,6 @@ def splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = F
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def set_main_param_and_optimizer_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-    """``DistributedOptimizer._set_main_param_and_optimizer_states`` for torch's AdamW.
-
-    Copies the loaded fp32 weight and moments of one parameter's shard. torch's AdamW keeps a step count beside them,
-    which is not among ``tensors``: ``load_state_dict`` has set one tensor for all parameters before, and each of them
-    would count it up. Every parameter gets its own.
-    """
-    group, order = self.model_param_group_index_map[model_param]
-    main_param = self.optimizer.param_groups[group]["params"][order]
-    states = self.optimizer.state[main_param]
-    states["step"] = states["step"].clone()
-    states = {"param": main_param, **states}
-    for name, value in tensors.items():
-        states[name].copy_(value)
-
-
 def called_by_megatron() -> bool:
     """Whether the caller of our caller is code of megatron.core."""
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core.")

@@ -25,6 +25,7 @@ from megatron_steel.metrics.sinks import check_packages
 from megatron_steel.model.backends import check_fp8, choose_backend
 from megatron_steel.model.own_layer import load_layer_function
 from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
+from megatron_steel.runtime import device
 from megatron_steel.text.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
 
 # Model options that may differ between a checkpoint and a run that loads it; all others decide what it computes.
@@ -230,6 +231,8 @@ def prepare(config: Config) -> Prepared:
     backend = choose_backend(config.parallel.transformer_impl, config.size)
     check_fp8(config.training.fp8_format, *backend)
     check_context_backend(config, backend[0])
+    if config.optimizer.optimizer_cpu_offload and not device.has_gpu():
+        warnings.append("--optimizer-cpu-offload has no effect without a GPU: everything is in host memory")
     if config.size.decoder_layer is not None:
         load_layer_function(config.size.decoder_layer)
     check_packages(config)

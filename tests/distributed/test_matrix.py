@@ -85,6 +85,7 @@ LAYOUTS: dict[str, Row] = {
     "pp4-interleaved": Row(flags=pipeline(4, chunk=1)),
     "pp4-last-2": Row(flags=pipeline(4, last=2)),
     "dp2": Row(flags={}, replicas=2),
+    "dp2-overlapped-offload": Row(flags=OVERLAPPED | {"optimizer_cpu_offload": True}, replicas=2),
     "dp4-sharded": Row(flags=SHARDED, replicas=4),
     "dp4-overlapped": Row(flags=OVERLAPPED, replicas=4),
     "dp8-overlapped": Row(flags=OVERLAPPED, replicas=8),

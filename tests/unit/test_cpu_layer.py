@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
@@ -156,26 +156,28 @@ def host_autocast() -> bool:
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
-def optimizer_state_is_copied() -> bool:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A group of this process; unequal sizes take several (tests/distributed/test_matrix.py)."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
-    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
-    optimizer = torch.optim.AdamW(weights, lr=0.1)
-    shared = torch.tensor(5.0)
-    for weight in weights:
-        optimizer.state[weight] = {"step": shared, "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
-    fake = type("Fake", (), {})()
-    fake.optimizer = optimizer
-    fake.model_param_group_index_map = {weight: (0, index) for index, weight in enumerate(weights)}
-    for value, weight in enumerate(weights):
-        loaded = {"param": torch.full((2,), 1.0 + value), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
-        with torch.no_grad():
-            DistributedOptimizer._set_main_param_and_optimizer_states(fake, weight, loaded)
-    copied = weights[1].tolist() == [2.0, 2.0] and optimizer.state[weights[0]]["exp_avg"].tolist() == [1.0, 1.0]
-    for weight in weights:
-        weight.grad = torch.ones(2)
-    optimizer.step()
-    return copied and [optimizer.state[weight]["step"].item() for weight in weights] == [6.0, 6.0]
+
+def gathers() -> bool:
+    with alone():
+        outputs = [torch.zeros(2, 3)]
+        seen_by_megatron("torch.distributed.all_gather")(outputs, torch.ones(2, 3))
+        return bool(outputs[0].all())
+
+
+def scatters_sums() -> bool:
+    with alone():
+        output = torch.zeros(2, 3)
+        seen_by_megatron("torch.distributed.reduce_scatter")(output, [torch.ones(2, 3)])
+        return bool(output.all())
 
 
 def splits_are_numbers() -> bool:
@@ -194,7 +196,6 @@ def router_name_is_defined() -> bool:
 
 RANDOM = "megatron.core.tensor_parallel.random"
 MOE = "megatron.core.transformer.moe.moe_utils"
-OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 EFFECTS: dict[str, Callable[[], bool]] = {
     "torch.cuda.current_device": lambda: seen_by_megatron("torch.cuda.current_device")() == CPU,
     "torch.tensor": factory("torch.tensor", [1.0]),
@@ -219,7 +220,8 @@ EFFECTS: dict[str, Callable[[], bool]] = {
     "torch.cuda.stream": streams,
     "torch.cuda.Event": streams,
     "megatron.core.jit.jit_fuser": nothing_compiled,
-    f"{OPTIMIZER}._set_main_param_and_optimizer_states": optimizer_state_is_copied,
+    "torch.distributed.all_gather": gathers,
+    "torch.distributed.reduce_scatter": scatters_sums,
     f"{MOE}.te_general_gemm": router_name_is_defined,
     f"{MOE}.maybe_move_tensor_to_cpu": splits_are_numbers,
 }
@@ -251,7 +253,7 @@ def test_torch_is_untouched_outside_megatron() -> None:
         torch.cuda.current_device()
     torch_like = seen_by_megatron("torch")
     assert torch_like is not torch and torch_like.float32 is torch.float32 and torch_like.Tensor is torch.Tensor
-    assert torch_like.distributed is torch.distributed and torch_like.nn is torch.nn
+    assert torch_like.distributed.all_reduce is torch.distributed.all_reduce and torch_like.nn is torch.nn
 
 
 def test_names_torch_gets_later_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,3 +334,13 @@ def test_tool_explains_errors_in_one_line(flags: str, words: str) -> None:
 def test_training_defaults_are_enough() -> None:
     """A configuration that was not checked (no global batch) can still be estimated."""
     assert memory_per_rank(Config(training=TrainingConfig()), 1024, 1).total > 0
+
+
+def test_moments_on_the_host_take_nothing_of_the_device() -> None:
+    held = {}
+    for offload in (False, True):
+        config = steel()
+        config.optimizer.optimizer_cpu_offload = offload
+        held[offload] = memory_per_rank(config, 151936, 1)
+    assert held[False].optimizer - held[True].optimizer == 8 * 1_122_729_216
+    assert held[True].optimizer == 4 * 1_122_729_216 and held[True].weights == held[False].weights
