@@ -28,14 +28,15 @@ class ByteProgress:
             if now < self._next:
                 return
             self._next = now + LINE_SECONDS
-        seconds = now - self._start
-        left = seconds * max(self.total - self.done, 0) / max(self.done, 1)
-        print(
-            f"{self.what}: {100 * min(self.done / self.total, 1.0):.1f}% | {self.done / seconds / 1e6:.1f} MB/s | "
-            f"ETA {time.strftime('%H:%M:%S', time.gmtime(left))}",
-            file=sys.stderr,
-            flush=True,
-        )
+            seconds = now - self._start
+            left = seconds * max(self.total - self.done, 0) / max(self.done, 1)
+            # Under the lock: print writes a line and its end apart, which another thread's line may come between.
+            print(
+                f"{self.what}: {100 * min(self.done / self.total, 1.0):.1f}% | {self.done / seconds / 1e6:.1f} MB/s | "
+                f"ETA {time.strftime('%H:%M:%S', time.gmtime(left))}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class TaskProgress:

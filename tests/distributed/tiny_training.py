@@ -235,6 +235,7 @@ def save_and_load(layout: Layout, directory: str) -> bool:
     from megatron.core import dist_checkpointing
 
     from megatron_steel.checkpoint.store import allocate_moments
+    from megatron_steel.optim.host_adamw import allow_loading
 
     how = {"distrib_optim_sharding_type": "fully_reshardable"}
     world = start(layout)
@@ -254,6 +255,7 @@ def save_and_load(layout: Layout, directory: str) -> bool:
     wanted = train_on()
     chunks = build(layout, world)
     optimizer = optimizer_for(layout, chunks)
+    allow_loading(optimizer)
     allocate_moments(optimizer)
     loaded = dist_checkpointing.load(state(True), directory)
     for index, chunk in enumerate(chunks):
