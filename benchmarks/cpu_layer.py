@@ -33,7 +33,7 @@ OTHER_SECONDS = 1e-6
 
 def build_step(model: str, seq_length: int, micro_batch_size: int) -> Callable[[], object]:
     """One optimizer step of the product on random tokens."""
-    from megatron_steel.data.loader import Batch
+    from megatron_steel.data.batch import Batch
     from megatron_steel.model.build import build_model
     from megatron_steel.optim.optimizer import build_optimizer
     from megatron_steel.train.step import train_step

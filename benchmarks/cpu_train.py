@@ -169,7 +169,7 @@ def run_ours(case: Case, folder: Path, steps: int, clip: float) -> dict[str, Any
             session.loss_sums.zero_()
             ends.append(time.perf_counter())
     runtime.stop(world, failed=False)
-    return {"ends": ends, "losses": [loss / tokens for loss, tokens in (pair.tolist() for pair in sums)]}
+    return {"ends": ends, "losses": [loss / weight for loss, weight, _ in (pair.tolist() for pair in sums)]}
 
 
 def run_theirs(case: Case, folder: Path, steps: int, settings: Settings, gate: bool) -> dict[str, Any]:

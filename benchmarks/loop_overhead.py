@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from megatron_steel.config.load import from_flat
+from megatron_steel.data.batch import Batch
 from megatron_steel.data.indexed import IndexedWriter
-from megatron_steel.data.loader import Batch
 from megatron_steel.runtime import cpu
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.signals import StopRequest

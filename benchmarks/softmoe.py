@@ -136,7 +136,7 @@ def layer_pass(case: Case, soft: bool, here: World) -> Callable[[], None]:
 
 def model_step(case: Case, soft: bool, here: World) -> Callable[[], None]:
     """One optimizer step on random tokens."""
-    from megatron_steel.data.loader import Batch
+    from megatron_steel.data.batch import Batch
     from megatron_steel.optim.optimizer import build_optimizer
     from megatron_steel.train.step import train_step
 

@@ -62,7 +62,8 @@ def ours(prefixes: list[str], cache: str | None) -> tuple[float, list[int], str]
     import megatron.core.datasets.helpers_cpp  # noqa: F401  (a run has it loaded by then)
     import torch
 
-    from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader
+    from megatron_steel.data.document_batches import BatchBuilder
+    from megatron_steel.data.loader import BatchLayout, TrainLoader
     from megatron_steel.data.phases import Request, arrange
     from megatron_steel.data.sources import TokenizerFacts, open_sources
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from megatron_steel.checkpoint.state import load_tokenizer, read_state
 from megatron_steel.checkpoint.verify import load_for_inference
-from megatron_steel.data.loader import Batch, BatchBuilder, BatchLayout, ValidLoader, valid_tokens
+from megatron_steel.data.batch import Batch, valid_tokens
+from megatron_steel.data.document_batches import BatchBuilder
+from megatron_steel.data.loader import BatchLayout, ValidLoader
 from megatron_steel.data.sources import TokenizerFacts, open_indexed, parse_valid_data_path
 from megatron_steel.data.windows import WindowedDataset
 from megatron_steel.model.build import Model
@@ -70,9 +72,7 @@ def byte_count(batches: Iterable[Batch], byte_lengths: Tensor) -> int:
     return sum(int((byte_lengths[b.labels_BS] * b.loss_mask_BS).sum().item()) for b in batches)
 
 
-def evaluate(
-    model: Model, steps: Iterable[list[Batch]], byte_lengths: np.ndarray, seq_length: int, world: World
-) -> HeldOutResult:
+def evaluate(model: Model, steps: Iterable[list[Batch]], byte_lengths: np.ndarray, world: World) -> HeldOutResult:
     """Score every step of a validation loader; the same result on every rank.
 
     ``byte_lengths`` [vocabulary] holds the bytes each id stands for.
@@ -84,7 +84,7 @@ def evaluate(
     last = world.pipeline_rank == world.pipeline_size - 1
     with torch.no_grad():
         for batches in steps:
-            outputs = run_micro_batches(model, batches, 1, seq_length, forward_only=True)
+            outputs = run_micro_batches(model, batches, 1, forward_only=True)
             if last:
                 sums[0] += sum(output["loss_by_sample"].double().sum() for output in outputs)
                 sums[1] += valid_tokens(batches)
@@ -136,5 +136,5 @@ def score_checkpoint(
     results = {}
     for name, dataset in sets.items():
         loader = ValidLoader(dataset, layout, builder, max_samples)
-        results[name] = evaluate(model, loader, tokenizer.byte_lengths(), length, world)
+        results[name] = evaluate(model, loader, tokenizer.byte_lengths(), world)
     return results

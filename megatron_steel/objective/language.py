@@ -6,6 +6,7 @@ Shapes: B micro-batch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,26 +15,26 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_steel.data.loader import Batch, valid_tokens
+from megatron_steel.data.batch import Batch, valid_tokens
 from megatron_steel.model.build import Model
 from megatron_steel.runtime.world import World
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-def token_share(losses_BS: Tensor, batch: Batch, step_tokens: int) -> LossOutput:
-    """A micro-batch's part of the mean loss over all ``step_tokens`` tokens of the step.
+def token_share(losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutput:
+    """A micro-batch's part of the step's loss: the mean over its labels, each with its weight of ``step_weight``.
 
     The gradients of all parts are summed over micro-batches and replicas, so 1 x 8 and 8 x 1 give the same step by
     construction. megatron-core divides nothing (``calculate_per_token_loss``); the second value is for its own count,
-    which is not used. ``loss_by_sample`` [B] holds the sum over each sample's tokens.
+    which is not used. ``loss_by_sample`` [B] holds the weighted sum over each sample's tokens.
     """
     # Packed documents come as one row.
     losses_BS = losses_BS.reshape(batch.loss_mask_BS.shape)
     by_sample_B = (losses_BS.float() * batch.loss_mask_BS).sum(-1)
     # Schedules may scale the first value in place: what is reported must be its own tensor.
     report = {"loss_by_sample": by_sample_B.detach().clone()}
-    return by_sample_B.sum() / step_tokens, torch.zeros((), dtype=torch.int), report
+    return by_sample_B.sum() / step_weight, torch.zeros((), dtype=torch.int), report
 
 
 def packed_documents(batch: Batch, context_size: int = 1) -> PackedSeqParams | None:
@@ -54,12 +55,12 @@ def packed_documents(batch: Batch, context_size: int = 1) -> PackedSeqParams | N
 
 
 def forward_step(
-    step_tokens: int, context_size: int
+    step_weight: float, context_size: int
 ) -> Callable[[Iterator[Batch], Any], tuple[Tensor, Callable[[Tensor], LossOutput]]]:
     """The function megatron-core's schedules call for each micro-batch of one optimizer step.
 
-    ``step_tokens`` is the number of tokens that count in the whole step over all replicas, ``context_size`` the number
-    of ranks that share a sample.
+    ``step_weight`` is the sum of the weights of all labels in the step over all replicas (without weights of their own,
+    their number), ``context_size`` the number of ranks that share a sample.
     """
 
     def step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
@@ -72,28 +73,31 @@ def forward_step(
         else:
             tokens, positions, labels = (tensor.reshape(1, -1) for tensor in inputs)
             losses = model(tokens, positions, None, labels=labels, packed_seq_params=packed)
-        return losses, partial(token_share, batch=batch, step_tokens=step_tokens)
+        return losses, partial(token_share, batch=batch, step_weight=step_weight)
 
     return step
 
 
 def run_micro_batches(
-    model: Model, batches: Sequence[Batch], step_tokens: int, seq_length: int, forward_only: bool
+    model: Model, batches: Sequence[Batch], step_weight: float, forward_only: bool
 ) -> list[dict[str, Tensor]]:
     """Run all micro-batches through the pipeline; on the last stage, one dictionary of sums for each.
 
-    Their whole rows of ``seq_length`` are joined to one where documents are packed: all are, or none.
+    Their whole rows are joined to one where documents are packed: all are, or none. The stages of a pipeline exchange
+    tensors of one shape, so there all micro-batches have the same.
     """
-    rows, joined = len(batches[0].tokens_BS), batches[0].cu_seqlens is not None
+    context_size = model.options.context_parallel_size
+    (rows, length), joined = batches[0].tokens_BS.shape, batches[0].cu_seqlens is not None
+    length *= context_size
     assert all((batch.cu_seqlens is not None) == joined for batch in batches)
     iterators = [iter(batches) for _ in model.chunks]
     single = len(model.chunks) == 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step(step_tokens, model.options.context_parallel_size),
+        forward_step_func=forward_step(step_weight, context_size),
         data_iterator=iterators[0] if single else iterators,
         model=model.chunks[0] if single else model.chunks,
         num_microbatches=len(batches),
-        seq_length=rows * seq_length if joined else seq_length,
+        seq_length=rows * length if joined else length,
         micro_batch_size=1 if joined else rows,
         forward_only=forward_only,
     )
@@ -107,14 +111,30 @@ def sum_over_ranks(world: World, sums: Tensor) -> Tensor:
     return sums
 
 
-def count_tokens(world: World, batches: Sequence[Batch], equal_ranks: bool) -> int:
-    """Tokens of the whole step that count in the loss, over all replicas.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSize:
+    """What is in a step over all replicas."""
+
+    trained: int
+    """Labels that count in the loss."""
+    weight: float
+    """Sum of their weights."""
+    read_tokens: int | None = None
+    """Tokens that are no padding; None where they are not counted."""
+
+
+def measure_step(world: World, batches: Sequence[Batch], equal_ranks: bool) -> StepSize:
+    """How much the step over this and all other ranks' micro-batches trains.
 
     ``equal_ranks`` says that every rank that has other tokens has as many, which saves the question.
     """
     mine, ranks = valid_tokens(batches), world.data_size * world.context_size
-    if equal_ranks or ranks == 1:
-        return mine * ranks
-    count = torch.tensor(mine, device=world.device)
-    torch.distributed.all_reduce(count, group=world.data_context_group)
-    return int(count.item())
+    if equal_ranks:
+        return StepSize(trained=mine * ranks, weight=mine * ranks)
+    weight = sum(batch.valid_tokens if batch.weight is None else batch.weight for batch in batches)
+    read = [batch.read_tokens for batch in batches if batch.read_tokens is not None]
+    sums = torch.tensor([mine, weight, sum(read)], dtype=torch.float64, device=world.device)
+    if ranks > 1:
+        torch.distributed.all_reduce(sums, group=world.data_context_group)
+    trained, weight, tokens = sums.tolist()
+    return StepSize(trained=int(trained), weight=weight, read_tokens=int(tokens) if read else None)

@@ -23,7 +23,7 @@ from megatron_steel.metrics.sinks import Sinks
 from megatron_steel.metrics.throughput import Throughput
 from megatron_steel.model.build import Model
 from megatron_steel.model.moe import take_balance
-from megatron_steel.objective.language import count_tokens
+from megatron_steel.objective.language import measure_step
 from megatron_steel.optim.schedule import learning_rate
 from megatron_steel.runtime import device
 from megatron_steel.runtime import world as runtime
@@ -45,7 +45,7 @@ class Session:
     source_names: list[str]
     """Sources of the ledger, in its order."""
     loss_sums: Tensor
-    """Summed loss and tokens of each source since the last report, [sources, 2]."""
+    """Sums of loss, weights and trained labels of each source since the last report, [sources, 3]."""
     token_sums: Tensor
     """Trained tokens of each source since the run began, [sources] float64."""
     valid_loaders: dict[str, ValidLoader]
@@ -68,13 +68,13 @@ def take_step(session: Session) -> None:
     """One optimizer step and its bookkeeping."""
     state, config = session.state, session.config
     batches = session.loader.step(state.consumed_samples)
-    step_tokens = count_tokens(session.world, batches, equal_ranks=session.loader.builder.equal_counts)
+    size = measure_step(session.world, batches, equal_ranks=session.loader.builder.equal_counts)
     lr = learning_rate(state.iteration, config.optimizer, config.training.train_iters)
     result = train_step(
         session.model,
         session.optimizer,
         batches,
-        step_tokens,
+        size.weight,
         session.world,
         lr,
         config.optimizer.weight_decay,
@@ -84,10 +84,10 @@ def take_step(session: Session) -> None:
     samples = session.loader.sizes.at(state.consumed_samples)
     state.iteration += 1
     state.consumed_samples += samples
-    state.consumed_tokens += step_tokens
+    state.consumed_tokens += size.trained
     state.skipped_iterations += not result.updated
     session.loss_sums += result.loss_sums
-    session.token_sums += result.loss_sums[:, 1]
+    session.token_sums += result.loss_sums[:, 2]
     session.recorder.record("grad_norm", result.grad_norm, "last")
     if result.loss_scale is not None:
         session.recorder.record("loss_scale", result.loss_scale, "last")
@@ -97,14 +97,18 @@ def take_step(session: Session) -> None:
         session.recorder.record("moe_balance_loss", balance / layers)
     session.recorder.record("lr", lr, "last")
     session.recorder.record("global_batch_size", samples, "last")
+    if size.read_tokens is not None:
+        session.recorder.record("trained_token_share", size.trained / size.read_tokens)
     session.recorder.record("nan_iterations", int(not result.updated), "sum")
 
 
 def mean_losses(session: Session) -> dict[str, Any]:
-    """Mean loss per token since the last report, over all sources and for each that was drawn from."""
+    """Mean loss per label since the last report, over all sources and for each that was drawn from."""
     sums = session.loss_sums.tolist()
     session.loss_sums.zero_()
-    by_source = {name: loss / tokens for name, (loss, tokens) in zip(session.source_names, sums, strict=True) if tokens}
+    by_source = {
+        name: loss / weight for name, (loss, weight, _) in zip(session.source_names, sums, strict=True) if weight
+    }
     return {"loss": sum(row[0] for row in sums) / sum(row[1] for row in sums), "loss_by_source": by_source}
 
 
@@ -152,9 +156,7 @@ def evaluate_all(session: Session) -> None:
     results: list[HeldOutResult] = []
     with session.throughput.pause():
         for name, loader in session.valid_loaders.items():
-            scores = evaluate(
-                session.model, loader, session.byte_lengths, session.config.training.seq_length, session.world
-            )
+            scores = evaluate(session.model, loader, session.byte_lengths, session.world)
             session.sinks.write({**head, "name": name, **scores.as_row()})
             results.append(scores)
         if len(results) > 1:

@@ -16,7 +16,8 @@ from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.load import expand_model, to_flat
 from megatron_steel.config.rampup import batch_sizes
 from megatron_steel.config.schema import Config
-from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader, ValidLoader
+from megatron_steel.data.document_batches import BatchBuilder
+from megatron_steel.data.loader import BatchLayout, TrainLoader, ValidLoader
 from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks, open_sinks
 from megatron_steel.metrics.throughput import Throughput
@@ -136,7 +137,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
             prepared.ledger, prepared.datasets, layout, builder, state.consumed_samples, batch_sizes(config.training)
         ),
         source_names=[source.name for source in sources],
-        loss_sums=torch.zeros(len(sources), 2, dtype=torch.float64, device=world.device),
+        loss_sums=torch.zeros(len(sources), 3, dtype=torch.float64, device=world.device),
         token_sums=torch.tensor(tokens_before, dtype=torch.float64, device=world.device),
         valid_loaders={
             name: ValidLoader(dataset, layout, builder, samples) for name, dataset in prepared.valid_sets.items()

@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from megatron_steel.data.loader import Batch
+from megatron_steel.data.batch import Batch
 from megatron_steel.model.build import Model
 from megatron_steel.model.moe import prepare_balance
 from megatron_steel.objective.language import run_micro_batches, sum_over_ranks
@@ -23,7 +23,8 @@ class StepResult:
     """What one optimizer step did; the same on every rank."""
 
     loss_sums: Tensor
-    """Summed loss and trained tokens of each source, [sources, 2] float64 on the device."""
+    """Weighted sum of the loss, sum of the weights and trained labels of each source, [sources, 3] float64 on the
+    device."""
     grad_norm: float
     """Global gradient norm before clipping."""
     updated: bool
@@ -33,12 +34,13 @@ class StepResult:
 
 
 def sum_losses(world: World, outputs: Sequence[dict[str, Tensor]], batches: Sequence[Batch], sources: int) -> Tensor:
-    """Summed loss and trained tokens of each source over the whole step, [sources, 2] on every rank."""
-    sums = torch.zeros(sources, 2, dtype=torch.float64, device=world.device)
+    """`StepResult.loss_sums` of the whole step, on every rank."""
+    sums = torch.zeros(sources, 3, dtype=torch.float64, device=world.device)
     for output, batch in zip(outputs, batches, strict=False):
         source_B = torch.from_numpy(batch.sources_B).to(world.device)
-        by_sample = torch.stack((output["loss_by_sample"], batch.loss_mask_BS.sum(-1)), -1)
-        sums.index_add_(0, source_B, by_sample.double())
+        trained_B = (batch.loss_mask_BS != 0).sum(-1)
+        by_sample = (output["loss_by_sample"].double(), batch.loss_mask_BS.double().sum(-1), trained_B.double())
+        sums.index_add_(0, source_B, torch.stack(by_sample, -1))
     return sum_over_ranks(world, sums)
 
 
@@ -46,7 +48,7 @@ def train_step(
     model: Model,
     optimizer: ChainedOptimizer,
     batches: Sequence[Batch],
-    step_tokens: int,
+    step_weight: float,
     world: World,
     lr: float,
     weight_decay: float,
@@ -55,17 +57,16 @@ def train_step(
 ) -> StepResult:
     """Forward, backward, reduce, clip, update.
 
-    ``step_tokens`` counts the tokens of the whole step over all replicas; it is known before the first forward pass,
-    so the gradient is that of the mean over them whatever the micro-batches and replicas. ``sources`` is the number of
-    data sources the losses are told apart by.
+    ``step_weight`` is the weight of all labels of the step over all replicas (their number, if all count the same); it
+    is known before the first forward pass, so the gradient is that of the mean over them whatever the micro-batches
+    and replicas. ``sources`` is the number of data sources the losses are told apart by.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     if model.options.num_moe_experts is not None:
         prepare_balance(model.chunks, len(batches))
-    seq_length = batches[0].tokens_BS.shape[1] * world.context_size
-    outputs = run_micro_batches(model, batches, step_tokens, seq_length, forward_only=False)
+    outputs = run_micro_batches(model, batches, step_weight, forward_only=False)
     set_rates(optimizer, lr, weight_decay)
     grad_norm, updated = update(optimizer, clip_grad)
     loss_sums = sum_losses(world, outputs, batches, sources)

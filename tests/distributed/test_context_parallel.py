@@ -115,9 +115,8 @@ def work_train(flat: dict[str, Any], save_it: bool = False) -> tuple[Trace, dict
         if save_it:
             save(session)
         keep_weights(session, trace)
-        length = session.config.training.seq_length
         scores = [
-            evaluate(session.model, loader, session.byte_lengths, length, session.world)
+            evaluate(session.model, loader, session.byte_lengths, session.world)
             for loader in session.valid_loaders.values()
         ]
     return trace, whole_weights([before]) if session.world.tensor_size == 1 else {}, scores

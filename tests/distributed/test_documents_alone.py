@@ -14,7 +14,8 @@ from pool import WorkerPool
 from tiny_run import LAYOUTS, Layout, Trace, largest_relative, options, whole_weights, work_train, write_data
 
 from megatron_steel.config.load import from_flat
-from megatron_steel.data.loader import Batch, BatchBuilder
+from megatron_steel.data.batch import Batch
+from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.evaluate.heldout import score_checkpoint
 from megatron_steel.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_steel.model.build import Model, build_model
@@ -106,7 +107,7 @@ def gradients(model: Model, batch: Batch) -> tuple[dict[str, np.ndarray], float]
     """(gradient of the summed loss by parameter, the summed loss), through the schedule that training uses."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
-    outputs = run_micro_batches(model, [batch], 1, batch.tokens_BS.shape[1], forward_only=False)
+    outputs = run_micro_batches(model, [batch], 1, forward_only=False)
     named = model.language_models()[0].named_parameters()
     loss = float(outputs[0]["loss_by_sample"].sum())
     return {name: weight.main_grad.double().numpy() for name, weight in named}, loss

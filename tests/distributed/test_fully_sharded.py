@@ -89,7 +89,7 @@ def work_evaluate(flat: dict[str, Any], sharded: bool) -> tuple[list[float], dic
     with open_session(flat) as session:
         take_steps(session, 1, trace)
         (loader,) = session.valid_loaders.values()
-        scores = evaluate(session.model, loader, session.byte_lengths, flat["seq_length"], session.world)
+        scores = evaluate(session.model, loader, session.byte_lengths, session.world)
         take_steps(session, 1, trace)
         assert is_sharded(session.model.chunks) == sharded
     return trace.losses, scores.as_row()

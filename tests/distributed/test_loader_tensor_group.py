@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader
+from megatron_steel.data.document_batches import BatchBuilder
+from megatron_steel.data.loader import BatchLayout, TrainLoader
 from megatron_steel.data.order import Ledger, SourceSpec
 
 SEQ_LENGTH = 6

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.data.indexed import IndexedWriter
-from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader
+from megatron_steel.data.loader import BatchLayout, TrainLoader
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.sources import DataSources, open_sources
 

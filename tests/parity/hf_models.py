@@ -307,7 +307,7 @@ def pipeline_logits(model: Any, ids_BS: Tensor, world: World) -> Tensor | None:
 
 def engine_loss(model: Any, ids_BS: Tensor, world: World) -> float:
     """The loss the engine reports for a batch, through its schedules and its reduction."""
-    from megatron_steel.data.loader import Batch
+    from megatron_steel.data.batch import Batch
     from megatron_steel.objective.language import run_micro_batches
     from megatron_steel.train.step import sum_losses
 
@@ -324,8 +324,8 @@ def engine_loss(model: Any, ids_BS: Tensor, world: World) -> float:
         )
         batches.append(batch)
     count = sum(batch.valid_tokens for batch in batches)
-    outputs = run_micro_batches(model, batches, count, ids_BS.shape[1] - 1, forward_only=True)
-    total, tokens = sum_losses(world, outputs, batches, 1)[0].tolist()
+    outputs = run_micro_batches(model, batches, count, forward_only=True)
+    total, tokens, _ = sum_losses(world, outputs, batches, 1)[0].tolist()
     return total / tokens
 
 

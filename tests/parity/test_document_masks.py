@@ -12,7 +12,8 @@ from hf_models import make_model
 from pool import WorkerPool
 from torch import Tensor
 
-from megatron_steel.data.loader import Batch, BatchBuilder
+from megatron_steel.data.batch import Batch
+from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.runtime import world as runtime
 
 NAMES = ("llama-rope", "llama-yarn", "qwen2-tied", "qwen3", "mistral", "olmo2", "gemma2", "gemma3")

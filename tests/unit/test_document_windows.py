@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_steel.config.schema import SequenceMode
+from megatron_steel.data.batch import valid_tokens
+from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.data.document_windows import open_windows
 from megatron_steel.data.indexed import IndexedReader, IndexedWriter
-from megatron_steel.data.loader import BatchBuilder, BatchLayout, TrainLoader, ValidLoader, valid_tokens
+from megatron_steel.data.loader import BatchLayout, TrainLoader, ValidLoader
 from megatron_steel.data.order import Ledger, SourceSpec
 from megatron_steel.data.windows import Limit, WindowedDataset
 

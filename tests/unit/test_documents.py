@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megatron_steel.config.check import check
 from megatron_steel.config.load import from_flat
+from megatron_steel.data.batch import Batch
+from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.data.documents import document_bounds, positions_from, row_bounds
-from megatron_steel.data.loader import Batch, BatchBuilder
 from megatron_steel.model import packed
 from megatron_steel.train.prepare import check_end_of_document
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-from megatron_steel.data.loader import Batch, BatchBuilder, BatchLayout, TrainLoader, ValidLoader, valid_tokens
+from megatron_steel.data.batch import Batch, valid_tokens
+from megatron_steel.data.document_batches import BatchBuilder
+from megatron_steel.data.loader import BatchLayout, TrainLoader, ValidLoader
 from megatron_steel.data.order import Ledger, SourceSpec
 
 SEQ_LENGTH = 6

@@ -1,0 +1,87 @@
+"""A micro-batch, and what the two kinds of data (documents and conversations) have in common for a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+# Marks what is no token on the way from the reading rank to batches, where it becomes token 0 without loss.
+PADDING = -1
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """One micro-batch. Shapes: B samples of the micro-batch, S tokens of a sample (this context-parallel rank's).
+
+    A rank that needs no tokens (the middle of a pipeline) has zeros that take no memory in place of the tensors;
+    the two last fields are right on every rank.
+    """
+
+    tokens_BS: torch.Tensor
+    """Inputs, int64."""
+    labels_BS: torch.Tensor
+    """The token after each input, int64."""
+    loss_mask_BS: torch.Tensor
+    """Weight of the label in the loss, 0 where it is not trained, float32; 1 for every label of a document."""
+    position_ids_BS: torch.Tensor
+    """Position of each input in its sample, or in its document when positions are reset, int64."""
+    sources_B: np.ndarray
+    """Source of each sample, int64: index into Ledger.sources, or -1 in validation."""
+    valid_tokens: int
+    """Trained labels in this micro-batch, known without a device."""
+    cu_seqlens: torch.Tensor | None = None
+    """Packed documents: where attention begins anew in the whole rows joined end to end, and their length; int32
+    (documents + 1,), the same on all context-parallel ranks.
+    None: each row is one text, attended to as a whole, and positions count from its start."""
+    weight: float | None = None
+    """The sum of loss_mask_BS, known without a device; None: `valid_tokens`."""
+    read_tokens: int | None = None
+    """Tokens that are no padding; None: not counted."""
+
+
+class Dataset(Protocol):
+    """Samples of one source, which a ledger numbers."""
+
+    fingerprint: str
+    """Names what is in the samples, wherever it lies."""
+    seq_length: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, window: int, epoch: int) -> np.ndarray:
+        """A sample, for the builder that goes with it."""
+
+    def prepared(self) -> bool:
+        """Whether `read` answers at once."""
+
+    def prepare(self) -> None:
+        """Make `read` answer at once."""
+
+    def describe(self) -> str:
+        """For the log, after the number of samples."""
+
+
+class Builder(Protocol):
+    """Reads the samples of a step, and turns them into batches on the device."""
+
+    equal_counts: bool
+    """Whether every sample has as many trained labels, so that no rank needs data to know them."""
+    reads: bool
+    """Whether this rank reads samples."""
+    padded: bool
+    """Whether samples may be shorter than seq_length."""
+
+    def read(self, fetch: Callable[[int, int], np.ndarray | None], shape: tuple[int, int]) -> torch.Tensor | None:
+        """What `build` needs, on the ranks that read."""
+
+    def build(self, host: torch.Tensor | None, sources: np.ndarray, present: np.ndarray) -> list[Batch]:
+        """The micro-batches of a step."""
+
+
+def valid_tokens(batches: Sequence[Batch]) -> int:
+    """Return the number of trained labels in this rank's micro-batches of a step."""
+    return sum(batch.valid_tokens for batch in batches)
