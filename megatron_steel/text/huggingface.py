@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_steel.text.files import copy_file
-from megatron_steel.text.tokenizer import TIKTOKEN_PATTERN, Tokenizer, digest
+from megatron_steel.text.tokenizer import TIKTOKEN_PATTERN, AddedToken, Tokenizer, digest
 
 # Classes and configuration keys for which AutoTokenizer takes tokenizer.json unchanged.
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -85,6 +85,26 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=self._include_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def encode_typed(self, text: str) -> list[int]:
+        self._backend.encode_special_tokens = True
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self._backend.encode_special_tokens = False
+
+    def added_tokens(self) -> list[AddedToken]:
+        tokens = self._backend.get_added_tokens_decoder().items()
+        return [AddedToken(token.content, index, token.special, token.lstrip, token.rstrip) for index, token in tokens]
+
+    def chat_template(self) -> str | None:
+        path = self._folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        found = read_config(self._folder).get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {item["name"]: item["template"] for item in found}.get("default")
+        return found
 
     def backend_text(self) -> str:
         """The content of ``tokenizer.json`` as the library understood it."""

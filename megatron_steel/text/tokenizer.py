@@ -13,6 +13,7 @@ import json
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,19 @@ TIKTOKEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that text is searched for before it is split, and so one that a template can write."""
+
+    text: str
+    index: int
+    control: bool = True
+    """Whether it stands for no text."""
+    eats_left: bool = False
+    """Whether it takes the white space before it."""
+    eats_right: bool = False
 
 
 class Tokenizer(ABC):
@@ -65,6 +79,18 @@ class Tokenizer(ABC):
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids as Megatron-LM's preprocessing stores them: with the tokens a Hugging Face tokenizer itself adds."""
         return self.encode_batch(texts)
+
+    def encode_typed(self, text: str) -> list[int]:
+        """:meth:`encode` of what somebody typed: a control token in it stays text."""
+        return self.encode(text)
+
+    def added_tokens(self) -> list[AddedToken]:
+        """Control tokens, and words that were added to the vocabulary."""
+        return []
+
+    def chat_template(self) -> str | None:
+        """The Jinja chat template in the tokenizer's own files."""
+        return None
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -138,6 +164,14 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), num_threads=1)
 
+    def added_tokens(self) -> list[AddedToken]:
+        model = self._model
+        controls = [index for index in range(self.vocab_size) if model.is_control(index)]
+        # The Python module has no name for a user-defined piece; but those have no score, and stand in any text.
+        words = [model.piece_to_id(piece) for piece, score in self.normal_pieces() if score == 0 and len(piece) > 2]
+        words = [index for index in words if index in model.encode(f"x{model.id_to_piece(index)}x")]
+        return [AddedToken(model.id_to_piece(index), index, index in controls) for index in (*controls, *words)]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(index) for index in ids])
 
@@ -197,6 +231,12 @@ class TikTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+
+    def encode_typed(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def added_tokens(self) -> list[AddedToken]:
+        return [AddedToken(text, len(self._ranks) + index) for index, text in enumerate(TIKTOKEN_SPECIAL_TOKENS)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([int(index) for index in ids])
