@@ -1,0 +1,138 @@
+"""From rows of conversations to this rank's micro-batches on its device.
+
+Packed, a row has seq_length tokens and attention begins anew with each conversation. Otherwise a row is one
+conversation and a micro-batch as long as its longest, or, where a pipeline wants one shape, as the step's longest.
+Shapes: M micro-batches, B rows of one, P planes (chat_dataset.py), W tokens of a row with its padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_steel.data.batch import Batch
+from megatron_steel.data.chat_dataset import PLANES
+from megatron_steel.data.context import cut
+
+_, LABEL, WEIGHT, POSITION = range(len(PLANES))
+# A token that is none: no label, no weight, and a position that no token has.
+PADDING = np.array([0, -1, 0, -1], dtype=np.int32)
+
+
+class ChatBatchBuilder:
+    """Share the rows of a step over a group of ranks and turn them into batches on the device.
+
+    group: ranks that get the same rows, tensor- and context-parallel; its first rank reads. None: every rank reads for
+    itself. Every pipeline stage reads: lengths, bounds and weights depend on the data.
+    one_shape: all micro-batches of a step have the same length (pipelines). multiple: what the length of a row that is
+    not packed is divisible by. context_rank, context_size: which share of a row's tokens is this rank's.
+    """
+
+    equal_counts = False
+    padded = True
+
+    def __init__(
+        self,
+        *,
+        seq_length: int,
+        packing: bool,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        one_shape: bool,
+        multiple: int,
+        context_rank: int = 0,
+        context_size: int = 1,
+    ) -> None:
+        self.seq_length, self.packing, self.device = seq_length, packing, device
+        self.group = group if group is not None and dist.get_world_size(group) > 1 else None
+        self.reads = self.group is None or dist.get_rank(self.group) == 0
+        self.one_shape, self.multiple = one_shape, multiple
+        self.context_rank, self.context_size = context_rank, context_size
+
+    def read(self, fetch: Callable[[int, int], np.ndarray | None], shape: tuple[int, int]) -> torch.Tensor | None:
+        """Read fetch(micro-batch, row), int32 (P, tokens) or None for a row that is not there, on the rank that reads.
+
+        Returns int32 (M, B, P, W) in host memory, W that of the longest row: padding has the position -1. Called on
+        the background thread.
+        """
+        if not self.reads:
+            return None
+        rows = {place: fetch(*place) for place in np.ndindex(*shape)}
+        longest = max((row.shape[1] for row in rows.values() if row is not None), default=1)
+        width = self.seq_length if self.packing else self._rounded(longest)
+        planes = torch.empty((*shape, len(PLANES), width), dtype=torch.int32, pin_memory=self.device.type != "cpu")
+        out = planes.numpy()
+        out[:] = PADDING[:, None]
+        for place, row in rows.items():
+            if row is not None:
+                out[place][:, : row.shape[1]] = row
+        return planes
+
+    def build(self, host: torch.Tensor | None, sources: np.ndarray, present: np.ndarray) -> list[Batch]:
+        """Return the micro-batches of a step.
+
+        host: what `read` returned on this rank. sources: int64 (M, B). Rows that are not `present` are all padding.
+        Called on the main thread of all ranks of the group, in the same order.
+        """
+        device = self._share(host, sources.shape)
+        host = device.cpu() if host is None else host
+        return [self._batch(host[i], device[i], sources[i]) for i in range(len(sources))]
+
+    def _batch(self, host_BPW: torch.Tensor, device_BPW: torch.Tensor, sources_B: np.ndarray) -> Batch:
+        """One micro-batch, from its planes in host memory and on the device."""
+        width = host_BPW.shape[-1]
+        if not (self.packing or self.one_shape):
+            longest = int((host_BPW[:, POSITION] >= 0).sum(-1).max())
+            width = self._rounded(max(longest, 1))
+        own = self._cut(host_BPW[..., :width])
+        tokens, labels, weights, positions = self._cut(device_BPW[..., :width]).unbind(1)
+        bounds = None
+        if self.packing:
+            bounds = torch.from_numpy(text_bounds(host_BPW[:, POSITION].numpy())).to(self.device)
+        return Batch(
+            tokens_BS=tokens.long(),
+            labels_BS=labels.clamp(min=0).long(),
+            loss_mask_BS=weights.contiguous().view(torch.float32),
+            position_ids_BS=positions.clamp(min=0).long(),
+            sources_B=sources_B,
+            valid_tokens=int((own[:, LABEL] >= 0).sum()),
+            cu_seqlens=bounds,
+            weight=float(own[:, WEIGHT].contiguous().view(torch.float32).double().sum()),
+            read_tokens=int((own[:, POSITION] >= 0).sum()),
+        )
+
+    def _cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens of whole rows [..., W]."""
+        return cut(whole, self.context_rank, self.context_size)
+
+    def _rounded(self, length: int) -> int:
+        """The length of a row that holds so many tokens."""
+        return -(-length // self.multiple) * self.multiple
+
+    def _share(self, host: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """The planes of the step on this rank's device, from the reading rank of the group."""
+        data = None if host is None else host.to(self.device, non_blocking=self.device.type != "cpu")
+        if self.group is None:
+            assert data is not None
+            return data
+        width = torch.tensor(0 if data is None else data.shape[-1], device=self.device)
+        dist.broadcast(width, group=self.group, group_src=0)
+        if data is None:
+            data = torch.empty((*shape, len(PLANES), int(width)), dtype=torch.int32, device=self.device)
+        dist.broadcast(data, group=self.group, group_src=0)
+        return data
+
+
+def text_bounds(positions_BW: np.ndarray) -> np.ndarray:
+    """Where each conversation of the joined rows begins, and their length: int32 (texts + 1,), strictly increasing.
+
+    The padding at the end of a row is a text of its own.
+    """
+    begins = positions_BW == 0
+    # A row begins a text even where it is all padding.
+    begins[:, 0] = True
+    begins[:, 1:] |= (positions_BW[:, 1:] < 0) & (positions_BW[:, :-1] >= 0)
+    return np.append(np.flatnonzero(begins), positions_BW.size).astype(np.int32)
