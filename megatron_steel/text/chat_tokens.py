@@ -28,6 +28,7 @@ class ChatTokens:
         controls = [token for token in added if token.control or (token.text in written and token.text.strip())]
         self._tokenizer = tokenizer
         self.ids = {token.text: token.index for token in controls}
+        self._control_ids = set(self.ids.values())
         self._in_prompts = any_of([re.escape(token.text) for token in longest_first(controls)])
         special = [token for token in controls if token.control]
         self._in_answers = any_of([re.escape(token.text) for token in longest_first(special)])
@@ -55,17 +56,17 @@ class ChatTokens:
         text = match.group()
         return text[0] + (HIDDEN if text in self._special else CUT) + text[1:]
 
-    def encode(self, text: str, begins: bool) -> list[int]:
-        """Ids of a stretch of rendered text; ``begins`` says that nothing stands before it."""
+    def encode(self, text: str, before: Sequence[int]) -> list[int]:
+        """Ids of a stretch of rendered text that goes on after the ids ``before``."""
         ids: list[int] = []
         position = 0
         for match in self._split.finditer(text):
             if match.start() > position:
-                ids += self._plain(text[position : match.start()], begins and not ids, bool(position))
+                ids += self._plain(text[position : match.start()], ids or before)
             ids.append(self._id(match))
             position = match.end()
         if position < len(text):
-            ids += self._plain(text[position:], begins and not ids, bool(position))
+            ids += self._plain(text[position:], ids or before)
         return ids
 
     def blank(self, text: str) -> str:
@@ -96,13 +97,13 @@ class ChatTokens:
         text = match.group()
         return self.ids[text] if text in self.ids else self.ids[text.strip()]
 
-    def _plain(self, text: str, begins: bool, after_control: bool) -> list[int]:
+    def _plain(self, text: str, before: Sequence[int]) -> list[int]:
         hidden = HIDDEN in text
+        begins = not before or (before[-1] in self._control_ids and self._space_after_control)
         ids: list[int] = []
         for number, part in enumerate(text.replace(HIDDEN, "").split(CUT)):
             # A word of the vocabulary that is to stay text is encoded in two parts.
-            alone = number == 0 and (begins or (after_control and self._space_after_control))
-            alone = alone and not (self._joins_space and text.startswith(" "))
+            alone = number == 0 and begins and not (self._joins_space and text.startswith(" "))
             ids += self._tokenizer.encode_typed(part) if alone or not self._puts_space else self._continued(part)
         if hidden and not {self.ids[token] for token in self._special}.isdisjoint(ids):
             raise ValueError("the tokenizer makes a control token of plain text that names one")

@@ -84,7 +84,7 @@ class Template:
             weights_T[turn.answer : turn.end] = weight
             if self.efficient_eos and number + 1 < len(rounds):
                 targets_T[turn.end], weights_T[turn.end] = self._tokenizer.eod_id, weight
-            blanks = self._blanks(spans[2 * number + 2]) if policy.train_newline else 0
+            blanks = self._blanks(spans[2 * number + 2], ids[: turn.end]) if policy.train_newline else 0
             weights_T[turn.end : turn.end + blanks] = weight
         labels_T = np.where(weights_T > 0, targets_T, np.int32(IGNORED))
         return EncodedChat(ids_T=ids_T, labels_T=labels_T, weights_T=weights_T, rounds=tuple(rounds))
@@ -95,7 +95,7 @@ class Template:
         ids: list[int] = []
         # What was written as an answer is encoded as it was trained.
         for part in text.replace(END, BEGIN).split(BEGIN):
-            ids += self._tokens.encode(part, begins=not ids)
+            ids += self._tokens.encode(part, ids)
         return ids
 
     def text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), header: bool = False) -> str:
@@ -164,21 +164,20 @@ class Template:
         rounds = []
         for index in range(0, len(spans) - 1, 2):
             begin = len(ids)
-            ids += self._tokens.encode(spans[index], begins=not ids)
+            ids += self._tokens.encode(spans[index], ids)
             answer = len(ids)
-            ids += self._tokens.encode(spans[index + 1], begins=not ids)
+            ids += self._tokens.encode(spans[index + 1], ids)
             rounds.append((begin, answer, len(ids)))
-        ids += self._tokens.encode(spans[-1], begins=not ids)
+        ids += self._tokens.encode(spans[-1], ids)
         if self.efficient_eos and rounds:
             begin, answer, _ = rounds[-1]
             ids.append(self._tokenizer.eod_id)
             rounds[-1] = (begin, answer, len(ids))
         return ids, [Round(begin=begin, answer=answer, end=end) for begin, answer, end in rounds]
 
-    def _blanks(self, span: str) -> int:
+    def _blanks(self, span: str, before: Sequence[int]) -> int:
         """How many tokens the white space is that follows an answer."""
-        blank = self._tokens.blank(span)
-        return len(self._tokens.encode(blank, begins=False)) if blank else 0
+        return len(self._tokens.encode(self._tokens.blank(span), before))
 
     def _named_tokens(self) -> dict[str, str]:
         names = {token.index: token.text for token in self._tokenizer.added_tokens()}
