@@ -47,24 +47,35 @@ class Selected:
 def parse_data_path(values: Sequence[str], flag: str = "--data-path") -> list[Selected]:
     """Return the files that a data path names, in its order.
 
-    Values are read as pairs of weight and prefix if one of them is a number, as Megatron-LM does. Raises ValueError for
-    a mixture, a weight below 0, a choice that cannot be made, or a prefix that is listed twice.
+    Weights are paired with prefixes as Megatron-LM does (`pair_weights`). Raises ValueError for a mixture, a weight
+    below 0, a choice that cannot be made, or a prefix that is listed twice.
     """
-    numbers = [_number(value) for value in values]
-    pairs = len(values) > 1 and any(number is not None for number in numbers)
-    if pairs and (len(values) % 2 or None in numbers[0::2]):
-        raise ValueError(f"{flag} {' '.join(values)}: give prefixes only, or a weight before each of them")
-    weights = numbers[0::2] if pairs else [None] * len(values)
     selected = []
-    for entry, (weight, value) in enumerate(zip(weights, values[1::2] if pairs else values, strict=True)):
-        if weight is not None and not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"{flag}: the weight {weight:g} of {value} must be a number of 0 or more")
+    for entry, (weight, value) in enumerate(pair_weights(values, flag, "prefixes")):
         path, limit = _split_limit(value.strip(), flag)
         selected += [Selected(prefix, weight, entry, limit) for prefix in expand_pattern(path, flag)]
     for prefix, count in Counter(file.prefix for file in selected).items():
         if count > 1:
             raise ValueError(f"{flag} lists {prefix} {count} times; list it once, with a higher weight")
     return selected
+
+
+def pair_weights(values: Sequence[str], flag: str, what: str) -> list[tuple[float | None, str]]:
+    """Return (weight, value) pairs, the weights None if there are none; ``what`` says in errors what values are.
+
+    Values are read as pairs of weight and value if one of them is a number. Raises ValueError for a mixture or a weight
+    below 0.
+    """
+    numbers = [_number(value) for value in values]
+    if len(values) < 2 or all(number is None for number in numbers):
+        return [(None, value) for value in values]
+    if len(values) % 2 or None in numbers[0::2]:
+        raise ValueError(f"{flag} {' '.join(values)}: give {what} only, or a weight before each of them")
+    pairs = list(zip(numbers[0::2], values[1::2], strict=True))
+    for weight, value in pairs:
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"{flag}: the weight {weight:g} of {value} must be a number of 0 or more")
+    return pairs
 
 
 def share_weights(selected: Sequence[Selected], windows: Sequence[int]) -> list[float | None]:
