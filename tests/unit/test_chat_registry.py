@@ -283,7 +283,7 @@ def test_a_source_survives_pickling(registry: Path) -> None:
         (["{home}/*.parquet"], "matches no file"),
         (["{home}/empty"], "holds no file that ends in"),
         (["{home}/notes.txt"], "plain text holds no conversations"),
-        (["{home}/namd"], "did you mean 'named'?"),
+        (["{home}/named2"], "did you mean 'named'?"),
         (["{home}/named.jsonl", "2", "{home}/named"], "give data only, or a weight before each of them"),
         (["-1", "{home}/named"], "the weight -1 of"),
         (["{home}/named.jsonl", "{home}/named"], "is given 2 times"),
