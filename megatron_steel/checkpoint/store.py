@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_steel.checkpoint import files
+from megatron_steel.checkpoint.dcp_read import StoredTensors
 from megatron_steel.checkpoint.state import STATE_FILE, TrainState
 from megatron_steel.model.build import Model
 from megatron_steel.model.fully_sharded import like_parameters
+from megatron_steel.model.lora import ADAPTERS, reset_magnitudes
 from megatron_steel.optim.host_adamw import HOST, HostAdamW, first_state
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.signals import end_with_parent
@@ -41,17 +43,26 @@ def chunk_names(model: Model) -> list[str]:
     return ["model"] if count == 1 else [f"model{index}" for index in range(count)]
 
 
-def model_state(model: Model) -> dict[str, Any]:
-    """The sharded state of every chunk this rank holds, under megatron-core's names.
+def model_state(model: Model, apart: bool = False) -> dict[str, Any]:
+    """The sharded state of every chunk this rank holds, under megatron-core's names; ``apart``: each layer its own.
 
     Layers' extra state (histories of FP8's delayed scaling, pickled bytes) is left out: no recipe here keeps any, and
     without it checkpoints of all backends are the same and hold nothing that has to be unpickled.
     """
     state: dict[str, Any] = {}
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
-        sharded = module.sharded_state_dict()
+        sharded = module.sharded_state_dict(metadata={"non_homogeneous_layers": True} if apart else None)
         state[name] = {key: value for key, value in sharded.items() if not key.endswith(EXTRA_STATE)}
     return state
+
+
+def optimizer_state(model: Model, optimizer: ChainedOptimizer, state: dict[str, Any], loading: bool) -> dict[str, Any]:
+    """The sharded state of the optimizer, under the names of the weights; ``state`` is :func:`model_state`.
+
+    Layers are saved as one tensor, which must not have gaps where the state of some of them does not exist.
+    """
+    named = model_state(model, apart=True) if model.trains_some_layers else state
+    return optimizer.sharded_state_dict(named, is_loading=loading, metadata=OPTIMIZER_LAYOUT)
 
 
 def reason_of(failure: BaseException | None) -> str:
@@ -125,7 +136,7 @@ def save(
         sharded = model_state(model)
         if optimizer is not None:
             allocate_moments(optimizer)
-            sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=OPTIMIZER_LAYOUT)
+            sharded["optimizer"] = optimizer_state(model, optimizer, sharded, loading=False)
         write_sharded(sharded, temporary)
 
     def write_rest() -> None:
@@ -159,9 +170,22 @@ def rng_file(rank: int) -> str:
 
 
 def load_weights(checkpoint: Path, model: Model) -> None:
-    """Fill the model's weights from a checkpoint of any layout."""
-    loaded = dist_checkpointing.load(model_state(model), str(checkpoint))
-    assign(model, loaded)
+    """Fill the model's weights from a checkpoint of any layout.
+
+    Adapters that the checkpoint does not have begin anew on its weights. ``ValueError`` when it has some and the model
+    has none: it would be another model without them.
+    """
+    wanted = model_state(model)
+    has = any(ADAPTERS in key for key in StoredTensors(checkpoint).tensors)
+    wants = any(ADAPTERS in key for state in wanted.values() for key in state)
+    if has and not wants and model.language_models()[0].decoder.layers:
+        raise ValueError(f"{checkpoint} holds adapters; merge them first (tools/convert_hf.py export, then import)")
+    begins = wants and not has
+    if begins:
+        wanted = {name: {k: v for k, v in state.items() if ADAPTERS not in k} for name, state in wanted.items()}
+    assign(model, dist_checkpointing.load(wanted, str(checkpoint)), begins)
+    if begins:
+        reset_magnitudes(model.chunks)
 
 
 def allocate_moments(optimizer: ChainedOptimizer) -> None:
@@ -198,7 +222,7 @@ def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, s
     """
     allocate_moments(optimizer)
     sharded = model_state(model)
-    sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=OPTIMIZER_LAYOUT)
+    sharded["optimizer"] = optimizer_state(model, optimizer, sharded, loading=True)
     loaded = dist_checkpointing.load(sharded, str(checkpoint))
     assign(model, loaded)
     add_first_step(optimizer, loaded["optimizer"])
@@ -207,8 +231,9 @@ def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, s
         runtime.set_rng_state(load_file(checkpoint / rng_file(world.rank)))
 
 
-def assign(model: Model, loaded: dict[str, Any]) -> None:
-    """Load each chunk's state dictionary; every weight must be there."""
+def assign(model: Model, loaded: dict[str, Any], but_adapters: bool = False) -> None:
+    """Load each chunk's state dictionary; every weight must be there, except adapters where that is said."""
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
         missing, unexpected = module.load_state_dict(like_parameters(module, loaded[name]), strict=False)
-        assert not unexpected and all(key.endswith(EXTRA_STATE) for key in missing), (missing, unexpected)
+        lacking = [key for key in missing if not key.endswith(EXTRA_STATE) and not (but_adapters and ADAPTERS in key)]
+        assert not unexpected and not lacking, (lacking, unexpected)

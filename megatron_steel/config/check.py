@@ -13,6 +13,7 @@ from megatron_steel.config.check_context import check_context
 from megatron_steel.config.check_experts import check_expert_ranks, check_experts
 from megatron_steel.config.check_fsdp import check_fsdp
 from megatron_steel.config.check_latent import check_latent
+from megatron_steel.config.check_lora import check_lora
 from megatron_steel.config.check_memory import check_memory
 from megatron_steel.config.check_precision import check_precision, precision_notes
 from megatron_steel.config.check_rope import check_rope, rope_without_effect
@@ -53,6 +54,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_documents(config)
     check_context(config)
     check_checkpoint(config)
+    check_lora(config)
     return settings_without_effect(config, world_size)
 
 

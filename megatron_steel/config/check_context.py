@@ -43,5 +43,6 @@ def check_context_backend(config: Config, backend: str) -> None:
 
 
 def packs(config: Config) -> bool:
-    """Whether several documents lie in a row and are told apart."""
-    return config.data.reset_attention_mask or config.data.reset_position_ids
+    """Whether several documents or conversations lie in a row and are told apart."""
+    chats = bool(config.chat.train_data) and config.chat.packing
+    return chats or config.data.reset_attention_mask or config.data.reset_position_ids

@@ -126,8 +126,8 @@ def take(chat: EncodedChat, chosen: Sequence[tuple[list[np.ndarray], int]]) -> E
         begin = end
     where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
     labels_T, weights_T = chat.labels_T[where], chat.weights_T[where]
-    # A token of a prompt behind a gap would be predicted from what it did not follow, and so would an answer whose whole
-    # prompt is gone. LLaMA-Factory trains the answer behind a prompt that was cut: so does "proportional".
+    # A token of a prompt behind a gap would be predicted from what it did not follow, and so would an answer whose
+    # whole prompt is gone. LLaMA-Factory trains the answer behind a prompt that was cut: so does "proportional".
     gaps = np.flatnonzero(np.diff(where) != 1) + 1
     lost = [
         gap for gap in gaps.tolist() if any(turn.begin <= gap < max(turn.answer, turn.begin + 1) for turn in rounds)

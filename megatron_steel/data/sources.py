@@ -193,7 +193,7 @@ def _range_tokens(reader: IndexedReader, first: int, last: int) -> int:
     return int(reader.sequence_lengths[slice(*reader.document_indices[[first, last]])].sum(dtype=np.int64))
 
 
-def parse_valid_data_path(values: Sequence[str]) -> list[tuple[str, str]]:
+def parse_valid_data_path(values: Sequence[str], flag: str = "--valid-data-path") -> list[tuple[str, str]]:
     """Return (name, prefix) of each validation set, given as NAME=PREFIX or PREFIX.
 
     Raises ValueError for an empty name or prefix and for a name that is given twice.
@@ -205,13 +205,13 @@ def parse_valid_data_path(values: Sequence[str]) -> list[tuple[str, str]]:
         if not equals or "/" in name:
             name, prefix = "", value
         elif not name or not prefix:
-            raise ValueError(f"--valid-data-path {value!r}: give NAME=PREFIX or PREFIX")
+            raise ValueError(f"{flag} {value!r}: give NAME=DATA or DATA")
         named.append((name, prefix))
     unnamed = iter(source_names([prefix for name, prefix in named if not name]))
     result = [(name or next(unnamed), prefix) for name, prefix in named]
     for name, count in Counter(name for name, _ in result).items():
         if count > 1:
-            raise ValueError(f"--valid-data-path: {count} sets are named {name!r}; give each its own NAME=PREFIX")
+            raise ValueError(f"{flag}: {count} sets are named {name!r}; give each its own NAME=DATA")
     return result
 
 

@@ -17,6 +17,8 @@ from megatron_steel.checkpoint.state import load_tokenizer
 from megatron_steel.checkpoint.verify import load_for_inference
 from megatron_steel.model.build import Model
 from megatron_steel.runtime.world import World
+from megatron_steel.text.conversation import Message
+from megatron_steel.text.templates import Template
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,3 +155,10 @@ class TextGenerator:
         stops = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         ids = [self.tokenizer.encode(prompt) or [self.tokenizer.eod_id] for prompt in prompts]
         return [self.tokenizer.decode(row) for row in generate(self.model, ids, sampling, stops, self.world)]
+
+    def reply(self, talks: Sequence[Sequence[Message]], template: Template, sampling: Sampling) -> list[str]:
+        """The next answer of each conversation, as the template writes them."""
+        ids = [template.encode_prompt(messages) for messages in talks]
+        return [
+            self.tokenizer.decode(row) for row in generate(self.model, ids, sampling, template.stop_ids, self.world)
+        ]

@@ -24,10 +24,12 @@ from megatron_steel.model.embedding import add_embedding_scale, add_stable_embed
 from megatron_steel.model.families import transformer_config
 from megatron_steel.model.fully_sharded import FullyShardedModel
 from megatron_steel.model.initialize import initialize_weights
+from megatron_steel.model.lora import add_adapters, reset_magnitudes
 from megatron_steel.model.moe import mark_experts
 from megatron_steel.model.output import set_output_layer
 from megatron_steel.model.rope import add_rotary_table
 from megatron_steel.model.spec import layer_spec
+from megatron_steel.model.trained import choose_trained
 from megatron_steel.runtime.world import World
 
 # Parameters per gradient bucket when reduction overlaps the backward pass: megatron-core's own choice.
@@ -76,6 +78,8 @@ class Model:
     """Why it was chosen, for the first lines of the log."""
     vocab_size: int
     """Rows of the vocabulary without padding."""
+    trains_some_layers: bool = False
+    """Whether some decoder layers are trained and others are not."""
 
     def language_models(self) -> list[LanguageModel]:
         """The bare models inside the wrappers."""
@@ -107,9 +111,12 @@ def build_chunk(
     last = world.pipeline_rank == world.pipeline_size - 1 and stage in (None, chunks - 1)
     before = get_transformer_layer_offset(options, stage, world.pipeline_rank)
     layers = range(before, before + get_num_layers_to_build(options, stage, world.pipeline_rank))
+    spec = layer_spec(build_provider(backend, size), size, layers)
+    if config.lora.lora_rank is not None:
+        add_adapters(spec, config.lora, size)
     model = LanguageModel(
         options,
-        layer_spec(build_provider(backend, size), size, layers),
+        spec,
         vocab_size=padded_vocab_size(vocab_size, size.make_vocab_size_divisible_by, world.tensor_size),
         max_sequence_length=longest_sequence(size),
         pre_process=first,
@@ -131,6 +138,7 @@ def build_chunk(
         set_output_layer(model, vocab_size, size.final_logit_softcapping, chunk)
     mark_experts(model)
     initialize_weights(model, size, vocab_size, config.data.seed, world.tensor_group)
+    choose_trained(config, model)
     return model
 
 
@@ -187,6 +195,8 @@ def build_model(config: Config, vocab_size: int, world: World, training: bool = 
     ]
     if compute_type(config.training) != "float32" and not config.parallel.use_torch_fsdp2:
         modules = [Float16Module(options, module) for module in modules]
+    if config.lora.use_dora:
+        reset_magnitudes(modules)
     if training and config.parallel.use_torch_fsdp2:
         compute = torch.bfloat16 if config.training.bf16 else None
         modules = [FullyShardedModel(options, module, world, compute) for module in modules]
@@ -195,4 +205,11 @@ def build_model(config: Config, vocab_size: int, world: World, training: bool = 
         options.finalize_model_grads_func = lambda chunks, _tokens=None, **rest: finalize_model_grads(
             chunks, None, **rest
         )
-    return Model(chunks=modules, options=options, backend=backend, backend_reason=reason, vocab_size=vocab_size)
+    return Model(
+        chunks=modules,
+        options=options,
+        backend=backend,
+        backend_reason=reason,
+        vocab_size=vocab_size,
+        trains_some_layers=config.lora.freeze_trainable_layers is not None,
+    )

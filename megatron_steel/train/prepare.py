@@ -12,20 +12,22 @@ from megatron_steel.checkpoint.files import find_checkpoint, problem_with, publi
 from megatron_steel.checkpoint.state import TrainState, read_state
 from megatron_steel.config.check import check
 from megatron_steel.config.check_context import check_context_backend
+from megatron_steel.config.check_lora import check_same_part
 from megatron_steel.config.check_precision import check_same_precision
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.rampup import batch_sizes
 from megatron_steel.config.schema import Config, ModelConfig
+from megatron_steel.data.batch import Dataset
 from megatron_steel.data.identity import Known
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.phases import Phase, Request, arrange, parse_phases
 from megatron_steel.data.sources import DataSources, TokenizerFacts, open_sources
-from megatron_steel.data.windows import WindowedDataset
 from megatron_steel.metrics.sinks import check_packages
 from megatron_steel.model.backends import check_fp8, choose_backend
 from megatron_steel.model.own_layer import load_layer_function
 from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
 from megatron_steel.runtime import device
+from megatron_steel.text.templates import Template
 from megatron_steel.text.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
 
 # Model options that may differ between a checkpoint and a run that loads it; all others decide what it computes.
@@ -52,9 +54,9 @@ class Prepared:
     config: Config
     tokenizer: Tokenizer
     ledger: Ledger
-    datasets: dict[str, WindowedDataset]
+    datasets: dict[str, Dataset]
     """Training windows by fingerprint."""
-    valid_sets: dict[str, WindowedDataset]
+    valid_sets: dict[str, Dataset]
     """Validation windows by name."""
     state: TrainState
     """Where the run starts."""
@@ -64,6 +66,14 @@ class Prepared:
     """Load the weights of ``checkpoint`` and nothing else."""
     warnings: list[str] = field(default_factory=list)
     """Lines for the log."""
+    notes: list[str] = field(default_factory=list)
+    """More of them, about the data."""
+    hf_folder: Path | None = None
+    """A Hugging Face folder whose weights the run starts from, if there is no ``checkpoint``."""
+    template: Template | None = None
+    """How conversations are written; None: the data are documents."""
+    tokens_per_sample: float | None = None
+    """Tokens of a sample without padding, on average; None: seq_length."""
 
 
 def find_start(config: Config, warnings: list[str]) -> tuple[Path | None, bool]:
@@ -222,11 +232,8 @@ def order_data(
     return ledger
 
 
-def prepare(config: Config) -> Prepared:
-    """Check and open everything a run needs.
-
-    Raises ``ValueError`` with one line for whatever the user has to change; nothing has been written then.
-    """
+def check_run(config: Config) -> list[str]:
+    """The rules of options, and of what is installed for them; returns warnings."""
     warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     backend = choose_backend(config.parallel.transformer_impl, config.size)
     check_fp8(config.training.fp8_format, *backend)
@@ -236,6 +243,15 @@ def prepare(config: Config) -> Prepared:
     if config.size.decoder_layer is not None:
         load_layer_function(config.size.decoder_layer)
     check_packages(config)
+    return warnings
+
+
+def prepare(config: Config) -> Prepared:
+    """Check and open everything a run needs.
+
+    Raises ``ValueError`` with one line for whatever the user has to change; nothing has been written then.
+    """
+    warnings = check_run(config)
     checkpoint, weights_only = find_start(config, warnings)
     if checkpoint is not None:
         check_bytes(checkpoint)
@@ -244,6 +260,7 @@ def prepare(config: Config) -> Prepared:
     tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, config.size.vocab_size)
     if loaded is not None and checkpoint is not None:
         check_same_model(loaded.config, to_flat(config), checkpoint)
+        check_same_part(loaded.config, to_flat(config), weights_only, str(checkpoint))
     resolve_vocabulary(config, tokenizer, loaded)
     check_end_of_document(config, tokenizer)
     resuming = loaded is not None and not weights_only

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_steel.checkpoint import store
-from megatron_steel.checkpoint.hf import TOKENIZER_FOLDER
-from megatron_steel.checkpoint.state import TrainState
+from megatron_steel.checkpoint.hf_load import load_hf
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.load import expand_model, to_flat
 from megatron_steel.config.rampup import batch_sizes
 from megatron_steel.config.schema import Config
+from megatron_steel.data.batch import Builder
+from megatron_steel.data.chat_batches import ChatBatchBuilder
 from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.data.loader import BatchLayout, TrainLoader, ValidLoader
 from megatron_steel.metrics.record import MetricRecorder
@@ -30,6 +32,7 @@ from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.contact import watching
 from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
+from megatron_steel.train.extras import write_extras
 from megatron_steel.train.loop import Session, train
 from megatron_steel.train.prepare import Prepared
 from megatron_steel.train.replicas import ReplicaError
@@ -59,16 +62,19 @@ def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
             lines.append(f"data from sample {segment.start:,} on: {shares}")
     for name, dataset in prepared.valid_sets.items():
         lines.append(f"validation: {name}: {len(dataset):,} windows")
-    if prepared.checkpoint is not None:
+    origin = prepared.checkpoint or prepared.hf_folder
+    if origin is not None:
         what = "weights" if prepared.weights_only else f"iteration {state.iteration}"
-        lines.append(f"starting from {prepared.checkpoint} ({what})")
+        lines.append(f"starting from {origin} ({what})")
+    lines += prepared.notes
     lines += [f"warning: {line}" for line in prepared.warnings]
     lines.append("options: " + ", ".join(f"{key}={value}" for key, value in to_flat(config).items()))
     return lines
 
 
-def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[BatchLayout, BatchBuilder]:
+def deal_batches(prepared: Prepared, world: World) -> tuple[BatchLayout, Builder]:
     """Which samples of a global batch this rank takes, and what it makes of them."""
+    config = prepared.config
     training = config.training
     assert training.global_batch_size is not None
     layout = BatchLayout(
@@ -77,12 +83,14 @@ def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[Batc
         data_parallel_rank=world.data_rank,
         data_parallel_size=world.data_size,
     )
-    builder = BatchBuilder(
+    if prepared.template is not None:
+        return layout, chat_builder(config, world)
+    return layout, BatchBuilder(
         seq_length=training.seq_length,
         tensor_group=world.sample_group,
         reads_data=world.pipeline_rank in (0, world.pipeline_size - 1),
         device=world.device,
-        eod_id=eod_id,
+        eod_id=prepared.tokenizer.eos_id,
         eod_mask_loss=config.data.eod_mask_loss,
         reset_attention_mask=config.data.reset_attention_mask,
         reset_position_ids=config.data.reset_position_ids,
@@ -90,18 +98,34 @@ def deal_batches(config: Config, world: World, eod_id: int | None) -> tuple[Batc
         context_rank=world.context_rank,
         context_size=world.context_size,
     )
-    return layout, builder
 
 
-def build_throughput(config: Config, world: World, state: TrainState) -> Throughput:
+def chat_builder(config: Config, world: World) -> ChatBatchBuilder:
+    """What this rank makes of conversations."""
+    # A row is cut into two chunks for each context rank, and by sequence parallelism into one for each tensor rank.
+    chunks = 2 * world.context_size if world.context_size > 1 else 1
+    return ChatBatchBuilder(
+        seq_length=config.training.seq_length,
+        packing=config.chat.packing,
+        group=world.sample_group,
+        device=world.device,
+        one_shape=world.pipeline_size > 1,
+        multiple=chunks * world.tensor_size,
+        context_rank=world.context_rank,
+        context_size=world.context_size,
+    )
+
+
+def build_throughput(prepared: Prepared, world: World) -> Throughput:
     """The stopwatch of this run; measures a matrix product where no data sheet gives the device's peak."""
+    config, state = prepared.config, prepared.state
     training, size = config.training, config.size
     padded = padded_vocab_size(state.vocab_size, size.make_vocab_size_divisible_by, world.tensor_size)
     peak, _ = device.peak_flops(getattr(torch, compute_type(training)))
     left = training.train_iters - state.iteration
     return Throughput(
         flops_per_token=flops_per_token(size, training.seq_length, padded),
-        tokens_per_sample=training.seq_length,
+        tokens_per_sample=prepared.tokens_per_sample or training.seq_length,
         devices=world.size,
         peak_flops=peak,
         total_samples=batch_sizes(training).consumed_after(left, state.consumed_samples),
@@ -121,9 +145,12 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
             optimizer.reload_model_params()
         else:
             store.load_training(prepared.checkpoint, model, optimizer, state, world)
+    elif prepared.hf_folder is not None:
+        load_hf(prepared.hf_folder, model, config.size)
+        optimizer.reload_model_params()
     if world.rank == 0:
         print("\n".join(describe(prepared, model, world)), flush=True)
-    layout, builder = deal_batches(config, world, prepared.tokenizer.eos_id)
+    layout, builder = deal_batches(prepared, world)
     samples = config.logging.eval_iters * (config.training.global_batch_size or 1)
     sources = prepared.ledger.sources
     # The order of a ledger's sources never changes, their names may; new ones come last.
@@ -145,10 +172,10 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         byte_lengths=prepared.tokenizer.byte_lengths(),
         state=state,
         recorder=MetricRecorder(device=world.device),
-        throughput=build_throughput(config, world, state),
+        throughput=build_throughput(prepared, world),
         sinks=open_sinks(config, state.iteration) if world.rank == 0 else Sinks([]),
         stop_request=stop_request,
-        write_extras=lambda folder: prepared.tokenizer.save(folder / TOKENIZER_FOLDER),
+        write_extras=partial(write_extras, prepared),
         started=started,
         last_saved=state.iteration if prepared.checkpoint is not None and not prepared.weights_only else -1,
     )

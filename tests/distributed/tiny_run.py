@@ -22,6 +22,7 @@ from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
 from megatron_steel.train.loop import Session, mean_losses, save, take_step
 from megatron_steel.train.prepare import prepare
+from megatron_steel.train.prepare_chat import prepare_chat
 from megatron_steel.train.run import build_session
 
 ROWS = 1000
@@ -136,7 +137,7 @@ def options(prefix: str, *changes: dict[str, Any], **more: Any) -> dict[str, Any
 def open_session(flat: dict[str, Any]) -> Iterator[Session]:
     """The run of these options on this rank, built by the code that the command line uses."""
     config = from_flat(flat)
-    prepared = prepare(config)
+    prepared = prepare_chat(config) if config.chat.train_data else prepare(config)
     world = start_world(flat)
     session = build_session(prepared, world, StopRequest(), 0.0)
     with session.loader:
@@ -214,7 +215,7 @@ def whole_weights(traces: Sequence[Trace], rows: int = ROWS) -> dict[str, np.nda
         if axis is None:
             assert all(np.array_equal(shares[0], share) for share in shares), f"{name} differs between ranks"
             joined = shares[0]
-        elif "linear_fc1" in name and traces[0].gated and shares[0].ndim == 2:
+        elif "linear_fc1" in name and ".adapters." not in name and traces[0].gated and shares[0].ndim == 2:
             halves = [np.split(share, 2) for share in shares]
             joined = np.concatenate([half[0] for half in halves] + [half[1] for half in halves])
         else:
