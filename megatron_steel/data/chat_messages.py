@@ -7,7 +7,6 @@ Its reason begins with its kind, up to a colon, under which rows are counted.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,7 @@ ROLES: Mapping[str, str] = {
 
 # Keys of a turn by which it says whether, and how much, it is trained: ms-swift, axolotl, OpenAI, LLaMA-Factory.
 TRAINED_KEYS, WEIGHT_KEYS = ("train", "loss"), ("weight", "loss_weight")
+MAX_WEIGHT = 1_000_000
 # What a turn would lose without a word.
 REFUSED_KEYS = ("reasoning_content", "reasoning", "thinking", "images", "videos", "audios")
 
@@ -82,7 +82,7 @@ def parse_message(value: Any, tags: Tags, where: str) -> Message:
     name = _first(value, tags.role_keys, where, required=True)
     role = tags.role(name)
     if role is None:
-        raise BadRecord(f"unknown role: {where} is of {name!r}; give its tag in a dataset_info.json")
+        raise BadRecord(f"unknown role: {where} is of {str(name)[:40]!r}; give its tag in a dataset_info.json")
     for key in REFUSED_KEYS:
         if value.get(key):
             hint = "put it into the text, as <think>...</think>" if key in REFUSED_KEYS[:3] else "only text is read"
@@ -204,7 +204,7 @@ def _text(content: Any, where: str) -> str:
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             found = part.get("type") if isinstance(part, Mapping) else kind(part)
-            raise BadRecord(f"unread part: {where} holds a part of type {found!r}; only text is read")
+            raise BadRecord(f"unread part: {where} holds a part of type {str(found)[:40]!r}; only text is read")
         text = part.get("text", part.get("value"))
         if not isinstance(text, str):
             raise BadRecord(f"wrong type: a part of {where} must hold text, not {kind(text)}")
@@ -238,8 +238,8 @@ def _training(value: Mapping[str, Any], role: str, where: str) -> tuple[bool | N
             continue
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise BadRecord(f"wrong type: {key!r} of {where} must be a number, not {kind(number)}")
-        if not (math.isfinite(number) and number >= 0):
-            raise BadRecord(f"weight: {key!r} of {where} is {number}, which must be 0 or more")
+        if not 0 <= number <= MAX_WEIGHT:
+            raise BadRecord(f"weight: {key!r} of {where} is not from 0 to {MAX_WEIGHT:,}")
         weight = float(number)
         if weight == 0 or role != "assistant":
             trained, weight = weight > 0, 1.0
