@@ -148,9 +148,7 @@ def _form(entry: Mapping[str, Any], where: str) -> RowFormat:
     found = {"messages": "conversations"} if columns is None else {key: columns.get(key) for key in COLUMNS}
     if found.get("messages") is None:
         raise ValueError(f"{where}: columns names no messages")
-    chosen = Columns(
-        query=None, history=None, messages=found["messages"], system=found.get("system"), tools=found.get("tools")
-    )
+    chosen = Columns(messages=found["messages"], system=found.get("system"), tools=found.get("tools"))
     return RowFormat(kind="messages", columns=chosen, tags=_tags(tags or {}))
 
 

@@ -244,7 +244,11 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"role": "user", "content": "a", "weight": 2}]}, "trained prompt: turn 1 (user) asks to be"),
     (
         {"messages": [*said("a"), {"role": "assistant", "content": "b", "weight": -1}]},
-        "weight: 'weight' of turn 2 is -1",
+        "weight: 'weight' of turn 2 is not from 0 to 1,000,000",
+    ),
+    (
+        {"messages": [*said("a"), {"role": "assistant", "content": "b", "weight": 10**400}]},
+        "weight: 'weight' of turn 2 is not from 0 to 1,000,000",
     ),
     (
         {"messages": [*said("a"), {"role": "assistant", "content": "b", "weight": True}]},
