@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megatron_steel.config.chat_schema import ChatConfig
-from megatron_steel.config.schema import Config, DataConfig
+from megatron_steel.config.schema import Config, DataConfig, TrainingConfig
 
 ENTRY = "megatron_steel.finetune"
 # What a run on conversations shares with one on documents.
@@ -40,6 +40,8 @@ def check_chat(config: Config) -> None:
         raise ValueError("--finetune: give the checkpoint as --pretrained-checkpoint, of which weights are taken")
     if chat.num_epochs is not None and chat.train_tokens is not None:
         raise ValueError("give --num-epochs or --train-tokens, not both")
+    if training.train_iters != TrainingConfig().train_iters and (chat.num_epochs or chat.train_tokens) is not None:
+        raise ValueError("--train-iters follows from --num-epochs and --train-tokens; give one of the three")
     for name in ("num_epochs", "train_tokens", "max_turn_bytes"):
         value = getattr(chat, name)
         if value is not None and not value > 0:

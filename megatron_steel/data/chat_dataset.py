@@ -47,6 +47,12 @@ class ChatDataset:
         """Tokens of a row without padding, on average."""
         return float(self.store.lengths_n.sum()) / len(self.rows)
 
+    def longest(self, count: int) -> list[tuple[int, int]]:
+        """Return (tokens, row) of the longest rows, at most ``count``, the longest first."""
+        tokens = np.add.reduceat(self.store.lengths_n[self.rows.samples], self.rows.begins[:-1])
+        rows = np.argsort(-tokens, kind="stable")[:count]
+        return [(int(tokens[row]), int(row)) for row in rows]
+
     def prepared(self) -> bool:
         """Whether ``read`` answers at once: always."""
         return True

@@ -34,6 +34,7 @@ from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
 from megatron_steel.train.extras import write_extras
 from megatron_steel.train.loop import Session, train
+from megatron_steel.train.preflight import preflight
 from megatron_steel.train.prepare import Prepared
 from megatron_steel.train.replicas import ReplicaError
 
@@ -203,6 +204,10 @@ def run(prepared: Prepared) -> int:
     try:
         with watching(world), StopRequest() as stop_request:
             session = build_session(prepared, world, stop_request, started)
+            if prepared.template is not None and config.chat.preflight:
+                line = preflight(session, prepared.datasets)
+                if world.rank == 0:
+                    print(line, flush=True)
             with session.loader:
                 reason = train(session)
             session.sinks.close()

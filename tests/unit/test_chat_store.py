@@ -122,7 +122,9 @@ def test_a_sample_predicts_the_next_token_inside_itself() -> None:
     assert labels.tolist() == [-1, 12, 13, 14, -1, 31, -1]
     assert weights.view(np.float32).tolist() == [0, 0.5, 0.5, 0.5, 0, 1, 0]
     assert positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert dataset.longest(3) == [(7, 0)]
     single = ChatDataset("a", make(0.5), "content", 8, packing=False, weighting=None)
+    assert single.longest(3) == [(5, 0), (2, 1)]
     assert len(single) == 2 and single.read(1, 0)[1].tolist() == [31, -1]
     assert single.read(0, 0)[2].view(np.float32).tolist() == [0, 1, 1, 1, 0]
     assert single.fingerprint != dataset.fingerprint
