@@ -35,6 +35,7 @@ def build_step(model: str, seq_length: int, micro_batch_size: int) -> Callable[[
     """One optimizer step of the product on random tokens."""
     from megatron_steel.data.batch import Batch
     from megatron_steel.model.build import build_model
+    from megatron_steel.objective.language import NextToken
     from megatron_steel.optim.optimizer import build_optimizer
     from megatron_steel.train.step import train_step
 
@@ -58,7 +59,7 @@ def build_step(model: str, seq_length: int, micro_batch_size: int) -> Callable[[
     )
 
     def step() -> object:
-        return train_step(built, optimizer, [batch], batch.valid_tokens, here, 1e-4, 0.1, 1.0, 1)
+        return train_step(built, optimizer, [batch], NextToken(), batch.valid_tokens, here, 1e-4, 0.1, 1.0, 1)
 
     return step
 

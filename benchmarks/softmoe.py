@@ -137,6 +137,7 @@ def layer_pass(case: Case, soft: bool, here: World) -> Callable[[], None]:
 def model_step(case: Case, soft: bool, here: World) -> Callable[[], None]:
     """One optimizer step on random tokens."""
     from megatron_steel.data.batch import Batch
+    from megatron_steel.objective.language import NextToken
     from megatron_steel.optim.optimizer import build_optimizer
     from megatron_steel.train.step import train_step
 
@@ -152,7 +153,11 @@ def model_step(case: Case, soft: bool, here: World) -> Callable[[], None]:
         sources_B=np.zeros(case.batch, dtype=np.int64),
         valid_tokens=case.batch * case.seq_length,
     )
-    return lambda: None if train_step(model, optimizer, [batch], batch.valid_tokens, here, 1e-4, 0.1, 1.0, 1) else None
+    return lambda: (
+        None
+        if train_step(model, optimizer, [batch], NextToken(), batch.valid_tokens, here, 1e-4, 0.1, 1.0, 1)
+        else None
+    )
 
 
 def seconds(run: Callable[[], None], repeats: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -20,6 +20,10 @@ from megatron_steel.model.build import Model
 from megatron_steel.runtime.world import World
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
+Share = Callable[[Tensor, Batch, float], LossOutput]
+"""From the losses of a micro-batch's tokens, itself and the step's weight to its part of the step's loss."""
+BY_SAMPLE = ("loss_by_sample", "weight_by_sample", "trained_by_sample")
+"""Weighted sum of the loss, sum of the weights and trained labels of each sample, [B]."""
 
 
 def token_share(losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutput:
@@ -27,13 +31,14 @@ def token_share(losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutp
 
     The gradients of all parts are summed over micro-batches and replicas, so 1 x 8 and 8 x 1 give the same step by
     construction. megatron-core divides nothing (``calculate_per_token_loss``); the second value is for its own count,
-    which is not used. ``loss_by_sample`` [B] holds the weighted sum over each sample's tokens.
+    which is not used. What is reported are the sums over each sample, :data:`BY_SAMPLE`.
     """
     # Packed documents come as one row.
     losses_BS = losses_BS.reshape(batch.loss_mask_BS.shape)
     by_sample_B = (losses_BS.float() * batch.loss_mask_BS).sum(-1)
     # Schedules may scale the first value in place: what is reported must be its own tensor.
-    report = {"loss_by_sample": by_sample_B.detach().clone()}
+    counts = (batch.loss_mask_BS.sum(-1), (batch.loss_mask_BS != 0).sum(-1))
+    report = dict(zip(BY_SAMPLE, (by_sample_B.detach().clone(), *counts), strict=True))
     return by_sample_B.sum() / step_weight, torch.zeros((), dtype=torch.int), report
 
 
@@ -55,7 +60,7 @@ def packed_documents(batch: Batch, context_size: int = 1) -> PackedSeqParams | N
 
 
 def forward_step(
-    step_weight: float, context_size: int
+    step_weight: float, context_size: int, share: Share
 ) -> Callable[[Iterator[Batch], Any], tuple[Tensor, Callable[[Tensor], LossOutput]]]:
     """The function megatron-core's schedules call for each micro-batch of one optimizer step.
 
@@ -73,13 +78,13 @@ def forward_step(
         else:
             tokens, positions, labels = (tensor.reshape(1, -1) for tensor in inputs)
             losses = model(tokens, positions, None, labels=labels, packed_seq_params=packed)
-        return losses, partial(token_share, batch=batch, step_weight=step_weight)
+        return losses, partial(share, batch=batch, step_weight=step_weight)
 
     return step
 
 
 def run_micro_batches(
-    model: Model, batches: Sequence[Batch], step_weight: float, forward_only: bool
+    model: Model, batches: Sequence[Batch], step_weight: float, forward_only: bool, share: Share = token_share
 ) -> list[dict[str, Tensor]]:
     """Run all micro-batches through the pipeline; on the last stage, one dictionary of sums for each.
 
@@ -93,7 +98,7 @@ def run_micro_batches(
     iterators = [iter(batches) for _ in model.chunks]
     single = len(model.chunks) == 1
     return get_forward_backward_func()(
-        forward_step_func=forward_step(step_weight, context_size),
+        forward_step_func=forward_step(step_weight, context_size, share),
         data_iterator=iterators[0] if single else iterators,
         model=model.chunks[0] if single else model.chunks,
         num_microbatches=len(batches),
@@ -121,6 +126,32 @@ class StepSize:
     """Sum of their weights."""
     read_tokens: int | None = None
     """Tokens that are no padding; None where they are not counted."""
+
+
+class Objective(Protocol):
+    """What a run makes of the losses of tokens."""
+
+    metric_names: tuple[str, ...]
+    """What is reported of a step beside the loss: `StepResult.metric_sums` in this order."""
+
+    def begin_step(self, model: Model, batches: Sequence[Batch], world: World) -> None:
+        """Find out what has to be known of a whole step before it is trained."""
+
+    def share(self, losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutput:
+        """A micro-batch's part of the step's loss."""
+
+
+class NextToken:
+    """Training on text: every label counts with its weight."""
+
+    metric_names: tuple[str, ...] = ()
+
+    def begin_step(self, model: Model, batches: Sequence[Batch], world: World) -> None:
+        """Nothing has to be known."""
+
+    def share(self, losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutput:
+        """See :func:`token_share`."""
+        return token_share(losses_BS, batch, step_weight)
 
 
 def measure_step(world: World, batches: Sequence[Batch], equal_ranks: bool) -> StepSize:

@@ -23,7 +23,7 @@ from megatron_steel.metrics.sinks import Sinks
 from megatron_steel.metrics.throughput import Throughput
 from megatron_steel.model.build import Model
 from megatron_steel.model.moe import take_balance
-from megatron_steel.objective.language import measure_step
+from megatron_steel.objective.language import Objective, measure_step
 from megatron_steel.optim.schedule import learning_rate
 from megatron_steel.runtime import device
 from megatron_steel.runtime import world as runtime
@@ -41,6 +41,7 @@ class Session:
     world: World
     model: Model
     optimizer: ChainedOptimizer
+    objective: Objective
     loader: TrainLoader
     source_names: list[str]
     """Sources of the ledger, in its order."""
@@ -74,6 +75,7 @@ def take_step(session: Session) -> None:
         session.model,
         session.optimizer,
         batches,
+        session.objective,
         size.weight,
         session.world,
         lr,
@@ -88,6 +90,8 @@ def take_step(session: Session) -> None:
     state.skipped_iterations += not result.updated
     session.loss_sums += result.loss_sums
     session.token_sums += result.loss_sums[:, 2]
+    for name, total in zip(session.objective.metric_names, result.metric_sums, strict=True):
+        session.recorder.record(name, total / size.weight)
     session.recorder.record("grad_norm", result.grad_norm, "last")
     if result.loss_scale is not None:
         session.recorder.record("loss_scale", result.loss_scale, "last")

@@ -25,6 +25,7 @@ from megatron_steel.metrics.sinks import Sinks, open_sinks
 from megatron_steel.metrics.throughput import Throughput
 from megatron_steel.model.build import Model, build_model
 from megatron_steel.model.fully_sharded import held_elements
+from megatron_steel.objective.language import NextToken
 from megatron_steel.optim.optimizer import build_optimizer
 from megatron_steel.plan.estimate import flops_per_token
 from megatron_steel.runtime import device
@@ -161,6 +162,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         world=world,
         model=model,
         optimizer=optimizer,
+        objective=NextToken(),
         loader=TrainLoader(
             prepared.ledger, prepared.datasets, layout, builder, state.consumed_samples, batch_sizes(config.training)
         ),

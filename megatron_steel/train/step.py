@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_steel.data.batch import Batch
 from megatron_steel.model.build import Model
 from megatron_steel.model.moe import prepare_balance
-from megatron_steel.objective.language import run_micro_batches, sum_over_ranks
+from megatron_steel.objective.language import BY_SAMPLE, Objective, run_micro_batches, sum_over_ranks
 from megatron_steel.optim.loss_scale import loss_scale
 from megatron_steel.optim.optimizer import set_rates, update
 from megatron_steel.runtime.world import World
@@ -29,6 +29,8 @@ class StepResult:
     """Global gradient norm before clipping."""
     updated: bool
     """False when the gradient was not finite and the weights were left alone."""
+    metric_sums: Tensor
+    """What the objective reports, summed over the step, float64."""
     loss_scale: float | None
     """What the loss is multiplied by from here on; None in other precisions than fp16."""
 
@@ -38,16 +40,23 @@ def sum_losses(world: World, outputs: Sequence[dict[str, Tensor]], batches: Sequ
     sums = torch.zeros(sources, 3, dtype=torch.float64, device=world.device)
     for output, batch in zip(outputs, batches, strict=False):
         source_B = torch.from_numpy(batch.sources_B).to(world.device)
-        trained_B = (batch.loss_mask_BS != 0).sum(-1)
-        by_sample = (output["loss_by_sample"].double(), batch.loss_mask_BS.double().sum(-1), trained_B.double())
-        sums.index_add_(0, source_B, torch.stack(by_sample, -1))
+        sums.index_add_(0, source_B, torch.stack([output[name].double() for name in BY_SAMPLE], -1))
     return sum_over_ranks(world, sums)
+
+
+def sum_metrics(world: World, outputs: Sequence[dict[str, Tensor]], count: int) -> Tensor:
+    """The ``count`` metrics of an objective, summed over the whole step, float64 on every rank."""
+    sums = torch.zeros(count, dtype=torch.float64, device=world.device)
+    for output in outputs if count else ():
+        sums += output["metrics"].double()
+    return sum_over_ranks(world, sums) if count else sums
 
 
 def train_step(
     model: Model,
     optimizer: ChainedOptimizer,
     batches: Sequence[Batch],
+    objective: Objective,
     step_weight: float,
     world: World,
     lr: float,
@@ -64,10 +73,17 @@ def train_step(
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    objective.begin_step(model, batches, world)
     if model.options.num_moe_experts is not None:
         prepare_balance(model.chunks, len(batches))
-    outputs = run_micro_batches(model, batches, step_weight, forward_only=False)
+    outputs = run_micro_batches(model, batches, step_weight, forward_only=False, share=objective.share)
     set_rates(optimizer, lr, weight_decay)
     grad_norm, updated = update(optimizer, clip_grad)
     loss_sums = sum_losses(world, outputs, batches, sources)
-    return StepResult(loss_sums=loss_sums, grad_norm=grad_norm, updated=updated, loss_scale=loss_scale(optimizer))
+    return StepResult(
+        loss_sums=loss_sums,
+        grad_norm=grad_norm,
+        updated=updated,
+        metric_sums=sum_metrics(world, outputs, len(objective.metric_names)),
+        loss_scale=loss_scale(optimizer),
+    )
