@@ -45,7 +45,12 @@ if [ -z "${TRAIN_DATA:-}" ]; then
   DATA_FLAGS=(--train-data examples/data/chat_train.jsonl --valid-data chats=examples/data/chat_valid.jsonl)
   # A few kilobytes: many passes in small steps.
   SEQ_LENGTH=${SEQ_LENGTH:-256} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-1} GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-$((RANKS * NNODES))}
-  NUM_EPOCHS=${NUM_EPOCHS:-30} LR=${LR:-1e-3} MIN_LR=${MIN_LR:-1e-4} WARMUP_ITERS=${WARMUP_ITERS:-5}
+  WARMUP_ITERS=${WARMUP_ITERS:-5}
+  if [ "$GPUS_PER_NODE" -gt 0 ]; then
+    NUM_EPOCHS=${NUM_EPOCHS:-10} LR=${LR:-2e-5} MIN_LR=${MIN_LR:-2e-6}
+  else
+    NUM_EPOCHS=${NUM_EPOCHS:-60} LR=${LR:-3e-3} MIN_LR=${MIN_LR:-1e-4}
+  fi
 else
   read -ra DATA_WORDS <<< "$TRAIN_DATA"
   DATA_FLAGS=(--train-data "${DATA_WORDS[@]}")
