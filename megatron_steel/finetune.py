@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_steel.config.check_chat import check_chat
+from megatron_steel.config.check_preference import refuse_preference
 from megatron_steel.config.load import parse, user_errors
 
 
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with user_errors():
         config = parse(sys.argv[1:] if argv is None else argv, "megatron_steel.finetune")
         # Heavy imports come after the command line is known to be good, so --help and errors answer at once.
+        refuse_preference(config, "megatron_steel.finetune")
         check_chat(config)
         from megatron_steel.runtime import cpu, deterministic
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from megatron_steel.config.check import check
 from megatron_steel.config.check_chat import refuse_chat
+from megatron_steel.config.check_preference import refuse_preference
 from megatron_steel.config.load import parse, user_errors
 
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if argv is None else argv, "megatron_steel.pretrain")
         # Heavy imports come after the command line is known to be good, so --help and errors answer at once. prepare
         # checks again, and keeps the warnings.
+        refuse_preference(config, "megatron_steel.pretrain")
         refuse_chat(config)
         check(config, int(os.environ.get("WORLD_SIZE", "1")))
         from megatron_steel.runtime import cpu, deterministic

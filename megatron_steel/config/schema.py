@@ -12,6 +12,7 @@ from typing import Literal
 from megatron_steel.config.chat_schema import ChatConfig
 from megatron_steel.config.lora import LoraConfig
 from megatron_steel.config.model_schema import ModelConfig
+from megatron_steel.config.preference_schema import PreferenceConfig
 
 TransformerImpl = Literal["auto", "transformer_engine", "torch", "local"]
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
@@ -263,6 +264,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

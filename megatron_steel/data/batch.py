@@ -14,6 +14,24 @@ PADDING = -1
 
 
 @dataclass(kw_only=True, slots=True)
+class Texts:
+    """The T texts of a micro-batch of packed rows, in their order, for losses of whole texts."""
+
+    of_token_BS: torch.Tensor
+    """Number of the text that each token of this context-parallel rank is in, int64."""
+    roles_T: np.ndarray
+    """What a text is for (pair_dataset.py); 0 for padding."""
+    rows_T: np.ndarray
+    """The row it is in."""
+    counts_T: torch.Tensor
+    """Trained labels of the text over all context-parallel ranks, float32."""
+    lasts_T: np.ndarray
+    """Place of its last token in the joined rows."""
+    references_T: torch.Tensor
+    """Log-probability of the text under the reference model, nats, float32; 0 where there is none."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Batch:
     """One micro-batch. Shapes: B samples of the micro-batch, S tokens of a sample (this context-parallel rank's).
 
@@ -41,6 +59,8 @@ class Batch:
     """The sum of loss_mask_BS, known without a device; None: `valid_tokens`."""
     read_tokens: int | None = None
     """Tokens that are no padding; None: not counted."""
+    texts: Texts | None = None
+    """What losses of whole texts need; None: the loss is one of tokens."""
 
 
 class Dataset(Protocol):

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_steel.data.batch import Batch
+from megatron_steel.data.batch import Batch, Texts
 from megatron_steel.data.chat_dataset import PLANES
 from megatron_steel.data.context import cut
+from megatron_steel.data.pair_dataset import PAIR_PLANES, Role, judged
 
-_, LABEL, WEIGHT, POSITION = range(len(PLANES))
+_, LABEL, WEIGHT, POSITION, ROLE, _ = range(len(PAIR_PLANES))
 # A token that is none: no label, no weight, and a position that no token has.
-PADDING = np.array([0, -1, 0, -1], dtype=np.int32)
+PADDING = np.array([0, -1, 0, -1, 0, 0], dtype=np.int32)
 
 
 class ChatBatchBuilder:
@@ -27,6 +28,7 @@ class ChatBatchBuilder:
 
     group: ranks that get the same rows, tensor- and context-parallel; its first rank reads. None: every rank reads for
     itself. Every pipeline stage reads: lengths, bounds and weights depend on the data.
+    planes: how many of a token are read: those of chat_dataset.py, or pair_dataset.py's for losses of whole texts.
     one_shape: all micro-batches of a step have the same length (pipelines). multiple: what the length of a row that is
     not packed is divisible by. context_rank, context_size: which share of a row's tokens is this rank's.
     """
@@ -43,13 +45,14 @@ class ChatBatchBuilder:
         device: torch.device,
         one_shape: bool,
         multiple: int,
+        planes: int = len(PLANES),
         context_rank: int = 0,
         context_size: int = 1,
     ) -> None:
         self.seq_length, self.packing, self.device = seq_length, packing, device
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.reads = self.group is None or dist.get_rank(self.group) == 0
-        self.one_shape, self.multiple = one_shape, multiple
+        self.one_shape, self.multiple, self.planes = one_shape, multiple, planes
         self.context_rank, self.context_size = context_rank, context_size
 
     def read(self, fetch: Callable[[int, int], np.ndarray | None], shape: tuple[int, int]) -> torch.Tensor | None:
@@ -63,9 +66,9 @@ class ChatBatchBuilder:
         rows = {place: fetch(*place) for place in np.ndindex(*shape)}
         longest = max((row.shape[1] for row in rows.values() if row is not None), default=1)
         width = self.seq_length if self.packing else self._rounded(longest)
-        planes = torch.empty((*shape, len(PLANES), width), dtype=torch.int32, pin_memory=self.device.type != "cpu")
+        planes = torch.empty((*shape, self.planes, width), dtype=torch.int32, pin_memory=self.device.type != "cpu")
         out = planes.numpy()
-        out[:] = PADDING[:, None]
+        out[:] = PADDING[: self.planes, None]
         for place, row in rows.items():
             if row is not None:
                 out[place][:, : row.shape[1]] = row
@@ -88,20 +91,43 @@ class ChatBatchBuilder:
             longest = int((host_BPW[:, POSITION] >= 0).sum(-1).max())
             width = self._rounded(max(longest, 1))
         own = self._cut(host_BPW[..., :width])
-        tokens, labels, weights, positions = self._cut(device_BPW[..., :width]).unbind(1)
-        bounds = None
-        if self.packing:
-            bounds = torch.from_numpy(text_bounds(host_BPW[:, POSITION].numpy())).to(self.device)
+        tokens, labels, weights, positions, *_ = self._cut(device_BPW[..., :width]).unbind(1)
+        trained = own[:, LABEL] >= 0
+        bounds, texts = None, None
+        if self.packing or self.planes > len(PLANES):
+            bounds = text_bounds(host_BPW[:, POSITION, :width].numpy())
+        if self.planes > len(PLANES):
+            assert bounds is not None
+            texts = self._texts(host_BPW[..., :width].numpy(), bounds)
+            trained &= own[:, ROLE] != Role.MISMATCHED
+        weight = float(own[:, WEIGHT].contiguous().view(torch.float32).double().sum())
         return Batch(
             tokens_BS=tokens.long(),
             labels_BS=labels.clamp(min=0).long(),
             loss_mask_BS=weights.contiguous().view(torch.float32),
             position_ids_BS=positions.clamp(min=0).long(),
             sources_B=sources_B,
-            valid_tokens=int((own[:, LABEL] >= 0).sum()),
-            cu_seqlens=bounds,
-            weight=float(own[:, WEIGHT].contiguous().view(torch.float32).double().sum()),
+            valid_tokens=int(trained.sum()),
+            cu_seqlens=None if bounds is None else torch.from_numpy(bounds).to(self.device),
+            weight=weight if texts is None else judged(texts) / self.context_size,
             read_tokens=int((own[:, POSITION] >= 0).sum()),
+            texts=texts,
+        )
+
+    def _texts(self, planes_BPW: np.ndarray, bounds: np.ndarray) -> Texts:
+        """What losses of whole texts need, from the planes of pair_dataset.py."""
+        rows, _, width = planes_BPW.shape
+        begins = bounds[:-1]
+        numbers = np.repeat(np.arange(len(begins)), np.diff(bounds)).reshape(rows, width)
+        _, labels, _, _, roles, references = (planes_BPW[:, plane].reshape(-1) for plane in range(self.planes))
+        counts = np.add.reduceat((labels >= 0).astype(np.float32), begins)
+        return Texts(
+            of_token_BS=self._cut(torch.from_numpy(numbers)).to(self.device),
+            roles_T=roles[begins],
+            rows_T=begins // width,
+            counts_T=torch.from_numpy(counts).to(self.device),
+            lasts_T=bounds[1:] - 1,
+            references_T=torch.from_numpy(references[begins].view(np.float32)).to(self.device),
         )
 
     def _cut(self, whole: torch.Tensor) -> torch.Tensor:
@@ -121,7 +147,7 @@ class ChatBatchBuilder:
         width = torch.tensor(0 if data is None else data.shape[-1], device=self.device)
         dist.broadcast(width, group=self.group, group_src=0)
         if data is None:
-            data = torch.empty((*shape, len(PLANES), int(width)), dtype=torch.int32, device=self.device)
+            data = torch.empty((*shape, self.planes, int(width)), dtype=torch.int32, device=self.device)
         dist.broadcast(data, group=self.group, group_src=0)
         return data
 

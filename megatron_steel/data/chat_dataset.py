@@ -73,18 +73,22 @@ class ChatDataset:
 
     def sample(self, number: int) -> np.ndarray:
         """Return the planes of one conversation, int32 (4, L)."""
-        store = self.store
-        span = slice(store.begins_n[number], store.begins_n[number + 1])
-        ids, labels = store.ids_N[span], store.labels_N[span]
-        planes = np.empty((len(PLANES), len(ids)), dtype=np.int32)
-        planes[0] = ids
-        # What is to be predicted at a token is the label of the next one.
-        planes[1, :-1], planes[1, -1] = np.where(labels[1:] == IGNORED, -1, labels[1:]), -1
-        weights = np.zeros(len(ids), dtype=np.float32)
-        weights[:-1] = store.weights(number)[1:]
-        planes[2] = weigh(weights, self.weighting).view(np.int32)
-        planes[3] = np.arange(len(ids), dtype=np.int32)
-        return planes
+        return text_planes(self.store, number, self.weighting)
+
+
+def text_planes(store: ChatStore, number: int, weighting: LossWeighting | None) -> np.ndarray:
+    """Return the :data:`PLANES` of one conversation, int32 (4, L)."""
+    span = slice(store.begins_n[number], store.begins_n[number + 1])
+    ids, labels = store.ids_N[span], store.labels_N[span]
+    planes = np.empty((len(PLANES), len(ids)), dtype=np.int32)
+    planes[0] = ids
+    # What is to be predicted at a token is the label of the next one.
+    planes[1, :-1], planes[1, -1] = np.where(labels[1:] == IGNORED, -1, labels[1:]), -1
+    weights = np.zeros(len(ids), dtype=np.float32)
+    weights[:-1] = store.weights(number)[1:]
+    planes[2] = weigh(weights, weighting).view(np.int32)
+    planes[3] = np.arange(len(ids), dtype=np.int32)
+    return planes
 
 
 def weigh(weights_L: np.ndarray, weighting: LossWeighting | None) -> np.ndarray:

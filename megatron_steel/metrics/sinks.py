@@ -115,6 +115,8 @@ class ConsoleSink:
         ("global_batch_size", lambda v: f"global batch size: {v:5d}"),
         ("loss", lambda v: f"lm loss: {v:.6E}"),
         ("loss_by_source", lambda v: " | ".join(f"lm loss {name}: {loss:.6E}" for name, loss in v.items())),
+        ("rewards/accuracies", lambda v: f"accuracy: {v:.4f}"),
+        ("rewards/margins", lambda v: f"margin: {v:.4E}"),
         ("loss_scale", lambda v: f"loss scale: {v:.1f}"),
         ("grad_norm", lambda v: f"grad norm: {v:.3f}"),
         ("skipped_iterations", lambda v: f"number of skipped iterations: {v:3.0f}"),
@@ -141,7 +143,10 @@ class ConsoleSink:
         """The line of a validation row."""
         name = f"-{row['name']}" if "name" in row else ""
         line = f" validation{name} loss at iteration {row['iteration']} | lm loss value: {row['loss']:.6E} |"
-        line += f" lm loss PPL: {math.exp(min(20.0, row['loss'])):.6E} |"
+        if "perplexity" in row:
+            line += f" lm loss PPL: {math.exp(min(20.0, row['loss'])):.6E} |"
+        if "rewards/accuracies" in row:
+            line += f" accuracy: {row['rewards/accuracies']:.4f} | margin: {row['rewards/margins']:.4E} |"
         if row.get("bits_per_byte") is not None:
             line += f" bits per byte: {row['bits_per_byte']:.6f} |"
         return line

@@ -16,8 +16,8 @@ Shapes: S sequence, B micro-batch, R rank, I inputs, O outputs of one projection
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,9 @@ def unfuse(fused: Tensor, block: Sequence[int]) -> list[Tensor]:
 
 class Adapted:
     """What both kinds of linear layers with adapters share."""
+
+    off = False
+    """See :func:`adapters_off`."""
 
     def attach(self: Any, plan: Plan, full_inputs: int, row_parallel: bool) -> None:
         """Make the adapters of a layer that megatron-core has built."""
@@ -233,6 +236,8 @@ class AdaptedColumnLinear(Adapted, ColumnParallelLinear):
     ) -> tuple[Tensor, Tensor | None]:
         """input_ [S, B, I] (a part of S under sequence parallelism) -> [S, B, rows] of this rank, and the bias."""
         output, bias = super().forward(input_, weight, runtime_gather_output)
+        if self.off:
+            return output, bias
         factors_A, factors_B = self.factors()
         narrow = self.reduced(input_, factors_A, forked=False)
         if self.sequence_parallel:
@@ -257,6 +262,8 @@ class AdaptedRowLinear(Adapted, RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """input_ [S, B, I] of this rank -> [S, B, rows] (a part of S under sequence parallelism), and the bias."""
         output, bias = super().forward(input_)
+        if self.off:
+            return output, bias
         factors_A, factors_B = self.factors()
         narrow = self.reduced(input_, factors_A, forked=not self.sequence_parallel)
         if self.sequence_parallel:
@@ -298,3 +305,16 @@ def reset_magnitudes(modules: Sequence[torch.nn.Module]) -> None:
         for part in module.modules():
             if isinstance(part, Adapted):
                 part.reset_magnitudes(isinstance(part, AdaptedRowLinear))
+
+
+@contextmanager
+def adapters_off(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """The modules as they were before adapters were added."""
+    adapted = [part for module in modules for part in module.modules() if isinstance(part, Adapted)]
+    for part in adapted:
+        part.off = True
+    try:
+        yield
+    finally:
+        for part in adapted:
+            part.off = False

@@ -18,6 +18,7 @@ from megatron_steel.config.family import has_experts
 from megatron_steel.config.schema import Config
 from megatron_steel.data.loader import TrainLoader, ValidLoader
 from megatron_steel.evaluate.heldout import HeldOutResult, combine, evaluate
+from megatron_steel.evaluate.heldout_pairs import evaluate_objective
 from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks
 from megatron_steel.metrics.throughput import Throughput
@@ -160,6 +161,10 @@ def evaluate_all(session: Session) -> None:
     results: list[HeldOutResult] = []
     with session.throughput.pause():
         for name, loader in session.valid_loaders.items():
+            if session.objective.metric_names:
+                scored = evaluate_objective(session.model, loader, session.objective, session.world)
+                session.sinks.write({**head, "name": name, **scored})
+                continue
             scores = evaluate(session.model, loader, session.byte_lengths, session.world)
             session.sinks.write({**head, "name": name, **scores.as_row()})
             results.append(scores)

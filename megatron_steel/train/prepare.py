@@ -29,6 +29,7 @@ from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
 from megatron_steel.runtime import device
 from megatron_steel.text.templates import Template
 from megatron_steel.text.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
+from megatron_steel.train.pretrained import Pretrained
 
 # Model options that may differ between a checkpoint and a run that loads it; all others decide what it computes.
 FREE = {
@@ -72,6 +73,10 @@ class Prepared:
     """A Hugging Face folder whose weights the run starts from, if there is no ``checkpoint``."""
     template: Template | None = None
     """How conversations are written; None: the data are documents."""
+    preferences: bool = False
+    """The data are pairs or judged answers."""
+    reference: Pretrained | None = None
+    """What answers are compared with under preferences; None: nothing is needed, or --reference-free."""
     tokens_per_sample: float | None = None
     """Tokens of a sample without padding, on average; None: seq_length."""
 

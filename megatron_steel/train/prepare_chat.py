@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_steel.data.chat_encode import ChatEncoder, encode_source, inspect_
 from megatron_steel.data.chat_length import LengthPolicy
 from megatron_steel.data.chat_sources import ChatSource, open_chat
 from megatron_steel.data.order import Ledger, SourceSpec
+from megatron_steel.data.pair_dataset import PairDataset
 from megatron_steel.data.phases import Request, arrange
 from megatron_steel.data.sources import parse_valid_data_path
 from megatron_steel.optim.schedule import schedule_identity
@@ -38,6 +40,12 @@ from megatron_steel.train.prepare import (
 )
 from megatron_steel.train.pretrained import Pretrained, adopt_sizes, choose_tokenizer, open_pretrained
 
+Rules = Callable[[Config], None]
+OpenRows = Callable[[Sequence[str], Path | None, int, str], list[ChatSource]]
+"""`open_chat`, for one kind of rows."""
+RowDataset = ChatDataset | PairDataset
+BuildDataset = Callable[[Config, str, ChatSource, ChatEncoder, list[str], bool], RowDataset]
+"""From name, source and encoder to what is read; adds lines for the log; the last says whether it is trained on."""
 # Stands for the length of the run until the data has told it; every rule about schedules is checked again then.
 UNKNOWN_ITERS = 10**9
 STORE_FOLDER = "encoded"
@@ -111,17 +119,19 @@ def store_folder(config: Config) -> Path | None:
     return Path(config.checkpoint.save) / STORE_FOLDER if config.checkpoint.save else None
 
 
-def open_registered(config: Config, data: list[str]) -> list[ChatSource]:
-    """The sources that options name."""
+def open_registered(
+    config: Config, data: list[str], open_rows: OpenRows, flag: str = "--train-data"
+) -> list[ChatSource]:
+    """The sources that an option names."""
     chat = config.chat
-    return open_chat(data, Path(chat.dataset_info) if chat.dataset_info else None, chat.max_turn_bytes)
+    return open_rows(data, Path(chat.dataset_info) if chat.dataset_info else None, chat.max_turn_bytes, flag)
 
 
-def valid_sources(config: Config) -> list[tuple[str, ChatSource]]:
+def valid_sources(config: Config, open_rows: OpenRows) -> list[tuple[str, ChatSource]]:
     """Validation sets by name."""
     found = []
     for name, data in parse_valid_data_path(config.chat.valid_data, "--valid-data"):
-        sources = open_registered(config, [data])
+        sources = open_registered(config, [data], open_rows, "--valid-data")
         found += [(name if len(sources) == 1 else f"{name}/{source.name}", source) for source in sources]
     return found
 
@@ -145,7 +155,7 @@ def build_dataset(
 
 
 def order_conversations(
-    config: Config, sources: list[ChatSource], datasets: list[ChatDataset], state: TrainState, warnings: list[str]
+    config: Config, sources: list[ChatSource], datasets: Sequence[RowDataset], state: TrainState, warnings: list[str]
 ) -> Ledger:
     """The ledger of the run: a new one, the checkpoint's, or the checkpoint's with other data from here on."""
     weighted = any(source.weight is not None for source in sources)
@@ -165,13 +175,13 @@ def order_conversations(
     return ledger
 
 
-def tokens_per_sample(datasets: list[ChatDataset], ledger: Ledger) -> float:
+def tokens_per_sample(datasets: Sequence[RowDataset], ledger: Ledger) -> float:
     """Tokens of a sample without padding, on average over what the newest part of the order draws."""
     shares = {source.fingerprint: source.weight for source in ledger.sources_at(ledger.segments[-1].start)}
     return sum(shares.get(dataset.fingerprint, 0.0) * dataset.mean_tokens for dataset in datasets)
 
 
-def set_length(config: Config, datasets: list[ChatDataset], ledger: Ledger) -> None:
+def set_length(config: Config, datasets: Sequence[RowDataset], ledger: Ledger) -> None:
     """Turn epochs or tokens into iterations."""
     chat, training = config.chat, config.training
     assert training.global_batch_size is not None
@@ -192,27 +202,34 @@ def prepare_chat(config: Config) -> Prepared:
     Raises ``ValueError`` with one line for whatever the user has to change; nothing has been written then but encoded
     conversations.
     """
+    return prepare_rows(config, check_chat, open_chat, build_dataset)
+
+
+def prepare_rows(config: Config, rules: Rules, open_rows: OpenRows, build: BuildDataset) -> Prepared:
+    """Check and open what a run on rows of chat data needs, whatever is made of a row."""
     warnings: list[str] = []
     start = open_start(config, warnings)
-    check_chat(config)
+    rules(config)
     given_iters = config.training.train_iters
     if config.chat.num_epochs is not None or config.chat.train_tokens is not None:
         config.training.train_iters = UNKNOWN_ITERS
     warnings += check_run(config)
     config.training.train_iters = given_iters
     origin, state, tokenizer = start.origin, start.state, start.tokenizer
+    if start.resuming:
+        # Saved again: what a run started from is what preferences compare answers with.
+        config.chat.pretrained_checkpoint = state.config.get("pretrained_checkpoint")
     resolve_vocabulary(config, tokenizer, origin.state)
     if start.resuming:
         assert origin.checkpoint is not None
         check_same_model(state.config, to_flat(config), origin.checkpoint)
         check_same_part(state.config, to_flat(config), False, str(origin.checkpoint))
     encoder = build_encoder(config, tokenizer)
-    sources = open_registered(config, config.chat.train_data)
+    sources = open_registered(config, config.chat.train_data, open_rows)
     notes: list[str] = []
-    datasets = [build_dataset(config, source.name, source, encoder, notes, training=True) for source in sources]
+    datasets = [build(config, source.name, source, encoder, notes, True) for source in sources]
     valid = {
-        name: build_dataset(config, name, source, encoder, notes, training=False)
-        for name, source in valid_sources(config)
+        name: build(config, name, source, encoder, notes, False) for name, source in valid_sources(config, open_rows)
     }
     ledger = order_conversations(config, sources, datasets, state, warnings)
     set_length(config, datasets, ledger)
@@ -258,6 +275,6 @@ def inspect(config: Config) -> None:
     """Print the first conversations of each source as tokens, with what is trained of them."""
     start = open_start(config, [])
     encoder = build_encoder(config, start.tokenizer)
-    for source in open_registered(config, config.chat.train_data):
+    for source in open_registered(config, config.chat.train_data, open_chat):
         for text in inspect_source(source, encoder, start.tokenizer, config.chat.inspect, sys.stdout.isatty()):
             print(text, flush=True)

@@ -28,6 +28,13 @@ class Pretrained:
         """One of ours."""
         return Pretrained(checkpoint=checkpoint, state=read_state(checkpoint))
 
+    @staticmethod
+    def of(checkpoint: Path | None, hf_folder: Path | None) -> Pretrained | None:
+        """Either, or None for random weights."""
+        if checkpoint is not None:
+            return Pretrained.from_checkpoint(checkpoint)
+        return None if hf_folder is None else Pretrained(hf_folder=hf_folder)
+
     @property
     def name(self) -> str:
         """For messages."""

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 
 from megatron_steel.checkpoint import store
-from megatron_steel.checkpoint.hf_load import load_hf
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.load import expand_model, to_flat
 from megatron_steel.config.rampup import batch_sizes
-from megatron_steel.config.schema import Config
 from megatron_steel.data.batch import Builder
 from megatron_steel.data.chat_batches import ChatBatchBuilder
+from megatron_steel.data.chat_dataset import PLANES
 from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.data.loader import BatchLayout, TrainLoader, ValidLoader
+from megatron_steel.data.pair_dataset import PAIR_PLANES
 from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks, open_sinks
 from megatron_steel.metrics.throughput import Throughput
@@ -37,6 +37,8 @@ from megatron_steel.train.extras import write_extras
 from megatron_steel.train.loop import Session, train
 from megatron_steel.train.preflight import preflight
 from megatron_steel.train.prepare import Prepared
+from megatron_steel.train.pretrained import Pretrained
+from megatron_steel.train.references import load_weights, preference_objective
 from megatron_steel.train.replicas import ReplicaError
 
 
@@ -86,7 +88,7 @@ def deal_batches(prepared: Prepared, world: World) -> tuple[BatchLayout, Builder
         data_parallel_size=world.data_size,
     )
     if prepared.template is not None:
-        return layout, chat_builder(config, world)
+        return layout, chat_builder(prepared, world)
     return layout, BatchBuilder(
         seq_length=training.seq_length,
         tensor_group=world.sample_group,
@@ -102,13 +104,15 @@ def deal_batches(prepared: Prepared, world: World) -> tuple[BatchLayout, Builder
     )
 
 
-def chat_builder(config: Config, world: World) -> ChatBatchBuilder:
+def chat_builder(prepared: Prepared, world: World) -> ChatBatchBuilder:
     """What this rank makes of conversations."""
+    config = prepared.config
     # A row is cut into two chunks for each context rank, and by sequence parallelism into one for each tensor rank.
     chunks = 2 * world.context_size if world.context_size > 1 else 1
     return ChatBatchBuilder(
         seq_length=config.training.seq_length,
         packing=config.chat.packing,
+        planes=len(PAIR_PLANES if prepared.preferences else PLANES),
         group=world.sample_group,
         device=world.device,
         one_shape=world.pipeline_size > 1,
@@ -141,18 +145,16 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
     config, state = prepared.config, prepared.state
     model = build_model(config, state.vocab_size, world)
     optimizer = build_optimizer(config, model)
-    if prepared.checkpoint is not None:
-        if prepared.weights_only:
-            store.load_weights(prepared.checkpoint, model)
-            optimizer.reload_model_params()
-        else:
-            store.load_training(prepared.checkpoint, model, optimizer, state, world)
-    elif prepared.hf_folder is not None:
-        load_hf(prepared.hf_folder, model, config.size)
+    layout, builder = deal_batches(prepared, world)
+    # Before the run's own weights: the reference's are in the model meanwhile.
+    objective = preference_objective(prepared, model, world, layout, builder) if prepared.preferences else NextToken()
+    if prepared.checkpoint is not None and not prepared.weights_only:
+        store.load_training(prepared.checkpoint, model, optimizer, state, world)
+    elif (origin := Pretrained.of(prepared.checkpoint, prepared.hf_folder)) is not None:
+        load_weights(origin, model, config.size)
         optimizer.reload_model_params()
     if world.rank == 0:
         print("\n".join(describe(prepared, model, world)), flush=True)
-    layout, builder = deal_batches(prepared, world)
     samples = config.logging.eval_iters * (config.training.global_batch_size or 1)
     sources = prepared.ledger.sources
     # The order of a ledger's sources never changes, their names may; new ones come last.
@@ -162,7 +164,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         world=world,
         model=model,
         optimizer=optimizer,
-        objective=NextToken(),
+        objective=objective,
         loader=TrainLoader(
             prepared.ledger, prepared.datasets, layout, builder, state.consumed_samples, batch_sizes(config.training)
         ),

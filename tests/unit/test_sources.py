@@ -125,7 +125,7 @@ def test_names_are_short_and_tell_apart() -> None:
 def test_valid_sets_have_names() -> None:
     values = ["zh=/d/zh/v", "/d/en/v_text_document", "/d/lang=fr/v"]
     assert parse_valid_data_path(values) == [("zh", values[0][3:]), ("en/v", values[1]), ("lang=fr/v", values[2])]
-    for bad, message in (["=x"], "NAME=PREFIX"), (["x="], "NAME=PREFIX"), (["a=x", "a=y"], "2 sets are named 'a'"):
+    for bad, message in (["=x"], "NAME=DATA"), (["x="], "NAME=DATA"), (["a=x", "a=y"], "2 sets are named 'a'"):
         with pytest.raises(ValueError, match=message):
             parse_valid_data_path(bad)
 
