@@ -17,7 +17,8 @@ from megatron_steel.data.batch import Batch, Texts
 from megatron_steel.data.pair_dataset import Role
 from megatron_steel.model.build import Model
 from megatron_steel.model.lora import adapters_off
-from megatron_steel.objective.language import BY_SAMPLE, LossOutput, run_micro_batches
+from megatron_steel.objective.language import BY_SAMPLE, LossOutput, run_micro_batches, sum_over_ranks
+from megatron_steel.objective.preference import Answers, judge_pairs, kto_drift, kto_loss
 from megatron_steel.objective.texts import TextLogps, text_logps
 from megatron_steel.runtime.world import World
 
@@ -82,6 +83,8 @@ class PreferenceObjective:
         "rewards/accuracies",
         "logps/chosen",
         "logps/rejected",
+        "logratios/chosen",
+        "logratios/rejected",
         "tokens/chosen",
         "tokens/rejected",
     )
@@ -99,18 +102,77 @@ class PreferenceObjective:
 
     def share(self, losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutput:
         """See :class:`~megatron_steel.objective.language.Objective`."""
-        from megatron_steel.objective.preference import preference_loss
-
         texts = batch.texts
         assert texts is not None
         logps_T = text_logps(losses_BS, batch, self.world.context_group)
-        chosen = numbers(texts, [Role.CHOSEN], logps_T.device)
-        policy = (logps_T[chosen], logps_T[chosen + 1])
-        reference = (texts.references_T[chosen], texts.references_T[chosen + 1])
-        counts = (texts.counts_T[chosen], texts.counts_T[chosen + 1])
-        losses_P, good_P, bad_P = preference_loss(self.options, policy, reference, counts)
-        margins = good_P - bad_P
-        metrics = (good_P, bad_P, margins, (margins > 0).float(), *policy, *counts)
-        rows = len(batch.sources_B)
-        reported = report(losses_P, metrics, texts, chosen, self.world, rows)
+        units = numbers(texts, [Role.CHOSEN], logps_T.device)
+        chosen, rejected = answers(logps_T, texts, units), answers(logps_T, texts, units + 1)
+        losses_P, good_P, bad_P = judge_pairs(self.options, chosen, rejected)
+        margins_P = good_P - bad_P
+        metrics = (
+            *(good_P, bad_P, margins_P, (margins_P > 0).float()),
+            *(chosen.policy_P, rejected.policy_P, chosen.ratios_P, rejected.ratios_P),
+            *(chosen.counts_P, rejected.counts_P),
+        )
+        reported = report(losses_P, metrics, texts, units, self.world, len(batch.sources_B))
         return losses_P.sum() / step_weight, torch.zeros((), dtype=torch.int), reported
+
+
+class JudgedObjective(PreferenceObjective):
+    """KTO on judged answers.
+
+    How far the policy has moved is estimated over all answers of the step before any is trained: the same number
+    whatever the micro-batches and replicas.
+    """
+
+    metric_names = (
+        "rewards/desirable",
+        "rewards/undesirable",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/policy",
+        "logps/ratio",
+        "kl",
+        "tokens/answer",
+    )
+
+    def __init__(self, options: PreferenceConfig, world: World, live: Model | None) -> None:
+        super().__init__(options, world, live)
+        self.drift = torch.zeros((), device=world.device)
+
+    def begin_step(self, model: Model, batches: Sequence[Batch], world: World) -> None:
+        """References from the live model, if there is one; then the drift."""
+        super().begin_step(model, batches, world)
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        for batch, logps_T in zip(batches, ask(model, batches, world), strict=False):
+            assert batch.texts is not None
+            others = numbers(batch.texts, [Role.MISMATCHED], logps_T.device)
+            ratios_P = (logps_T - batch.texts.references_T)[others].double()
+            sums += torch.stack([ratios_P.sum(), ratios_P.new_tensor(len(others))]) / world.context_size
+        ratio, count = sum_over_ranks(world, sums)
+        self.drift = kto_drift(ratio, count).float()
+
+    def share(self, losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutput:
+        """See :class:`~megatron_steel.objective.language.Objective`."""
+        texts = batch.texts
+        assert texts is not None
+        logps_T = text_logps(losses_BS, batch, self.world.context_group)
+        units = numbers(texts, [Role.DESIRABLE, Role.UNDESIRABLE], logps_T.device)
+        own = answers(logps_T, texts, units)
+        good_P = torch.from_numpy(texts.roles_T == Role.DESIRABLE).to(units.device)[units]
+        losses_P = kto_loss(own, good_P, self.drift, self.options)
+        rewards_P = self.options.beta * own.ratios_P.detach()
+        signed_P = torch.where(good_P, rewards_P, -rewards_P)
+        desirable_P, undesirable_P = rewards_P * good_P, rewards_P * ~good_P
+        right_P = (signed_P > self.options.beta * torch.where(good_P, self.drift, -self.drift)).float()
+        metrics = (
+            *(desirable_P, undesirable_P, signed_P, right_P),
+            *(own.policy_P, own.ratios_P, self.drift.expand_as(rewards_P), own.counts_P),
+        )
+        reported = report(losses_P, metrics, texts, units, self.world, len(batch.sources_B))
+        return losses_P.sum() / step_weight, torch.zeros((), dtype=torch.int), reported
+
+
+def answers(logps_T: Tensor, texts: Texts, numbers_P: Tensor) -> Answers:
+    """The texts of these numbers with what losses need of them."""
+    return Answers(logps_T[numbers_P], texts.references_T[numbers_P], texts.counts_T[numbers_P])
