@@ -118,14 +118,14 @@ def reward_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
 
 
 def judge_pairs(options: PreferenceConfig, chosen: Answers, rejected: Answers) -> Judgement:
-    """Loss and implicit rewards of pairs under the options' loss, with its term of finetuning.
+    """Loss and implicit rewards of pairs under the options' loss, with its term of likelihood.
 
     Rewards are beta times what the loss compares: log-ratios, or for losses without a reference mean
     log-probabilities. Raises ``ValueError`` for a loss that is not one of pairs.
     """
     beta = options.beta
     good_P, bad_P = beta * chosen.ratios_P, beta * rejected.ratios_P
-    match options.preference_loss:
+    match options.loss_type:
         case "sigmoid":
             losses_P = sigmoid_loss(good_P - bad_P, options.label_smoothing)
         case "robust":
@@ -141,8 +141,8 @@ def judge_pairs(options: PreferenceConfig, chosen: Answers, rejected: Answers) -
             losses_P = simpo_loss(chosen, rejected, beta, options.simpo_gamma)
             good_P, bad_P = beta * chosen.means_P, beta * rejected.means_P
         case other:
-            raise ValueError(f"--preference-loss {other} is not one of pairs with log-probabilities")
-    if options.sft_weight:
+            raise ValueError(f"--loss-type {other} is not one of pairs with log-probabilities")
+    if options.rpo_alpha:
         # RPO: Pang et al. 2024, arXiv:2404.19733, eq. 1: the mean over the tokens of the chosen answer.
-        losses_P = losses_P - options.sft_weight * chosen.means_P
+        losses_P = losses_P - options.rpo_alpha * chosen.means_P
     return Judgement(losses_P, good_P.detach(), bad_P.detach())

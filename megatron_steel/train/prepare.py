@@ -76,7 +76,7 @@ class Prepared:
     preferences: bool = False
     """The data are pairs or judged answers."""
     reference: Pretrained | None = None
-    """What answers are compared with under preferences; None: nothing is needed, or --reference-free."""
+    """What answers are compared with under preferences; None: nothing is needed, or --reference none."""
     tokens_per_sample: float | None = None
     """Tokens of a sample without padding, on average; None: seq_length."""
 

@@ -19,16 +19,15 @@ FROZEN = Path(__file__).with_name("flags.txt")
 MEGATRON_LM = Path(__file__).with_name("megatron_lm_flags.txt")
 # Not Megatron-LM's; everything else has the name a Megatron-LM user knows.
 OUR_OWN = {
-    "preference-loss",
+    "loss-type",
     "beta",
     "label-smoothing",
     "simpo-gamma",
-    "sft-weight",
+    "rpo-alpha",
     "desirable-weight",
     "undesirable-weight",
     "reference",
     "reference-checkpoint",
-    "reference-free",
     "train-data",
     "valid-data",
     "dataset-info",

@@ -32,7 +32,7 @@ def formula(options: PreferenceConfig, pc: Array, pr: Array, rc: Array, rr: Arra
     """The papers' formulas, written without care for large numbers."""
     h = options.beta * ((pc - rc) - (pr - rr))
     eps = options.label_smoothing
-    match options.preference_loss:
+    match options.loss_type:
         case "sigmoid":
             loss = -(1 - eps) * np.log(sigmoid(h)) - eps * np.log(sigmoid(-h))
         case "robust":
@@ -46,19 +46,19 @@ def formula(options: PreferenceConfig, pc: Array, pr: Array, rc: Array, rr: Arra
             loss = -pc / nc - options.beta * np.log(sigmoid(np.log(odds_c / odds_r)))
         case "simpo":
             loss = -np.log(sigmoid(options.beta * (pc / nc - pr / nr) - options.simpo_gamma))
-    return loss - options.sft_weight * pc / nc
+    return loss - options.rpo_alpha * pc / nc
 
 
 CASES: list[dict[str, Any]] = [
-    {"preference_loss": "sigmoid"},
-    {"preference_loss": "sigmoid", "label_smoothing": 0.2, "beta": 0.5},
-    {"preference_loss": "sigmoid", "sft_weight": 0.7},
-    {"preference_loss": "robust", "label_smoothing": 0.1},
-    {"preference_loss": "hinge", "beta": 0.3},
-    {"preference_loss": "ipo", "beta": 0.2},
-    {"preference_loss": "orpo", "beta": 0.25},
-    {"preference_loss": "simpo", "beta": 2.0, "simpo_gamma": 1.2},
-    {"preference_loss": "simpo", "beta": 2.0, "sft_weight": 0.1},
+    {"loss_type": "sigmoid"},
+    {"loss_type": "sigmoid", "label_smoothing": 0.2, "beta": 0.5},
+    {"loss_type": "sigmoid", "rpo_alpha": 0.7},
+    {"loss_type": "robust", "label_smoothing": 0.1},
+    {"loss_type": "hinge", "beta": 0.3},
+    {"loss_type": "ipo", "beta": 0.2},
+    {"loss_type": "orpo", "beta": 0.25},
+    {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.2},
+    {"loss_type": "simpo", "beta": 2.0, "rpo_alpha": 0.1},
 ]
 
 
@@ -117,7 +117,7 @@ def test_rewards_are_what_is_compared() -> None:
     values = draw(2)
     judged = judge(PreferenceConfig(beta=0.5), values)
     np.testing.assert_allclose(judged.chosen_rewards_P, 0.5 * (values[0] - values[2]))
-    judged = judge(PreferenceConfig(preference_loss="simpo", beta=2.0), values)
+    judged = judge(PreferenceConfig(loss_type="simpo", beta=2.0), values)
     np.testing.assert_allclose(judged.rejected_rewards_P, 2.0 * values[1] / values[5])
     assert not judged.rejected_rewards_P.requires_grad
 
@@ -147,7 +147,7 @@ def test_certain_answers_have_finite_odds() -> None:
 def test_kto(good: list[bool]) -> None:
     """Also when all answers are good: the drift comes from mismatched ones."""
     policy, _, reference, _, counts, _ = draw(3)
-    options = PreferenceConfig(preference_loss="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
+    options = PreferenceConfig(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
     drift = kto_drift(torch.tensor(4.2), torch.tensor(6.0))
     assert math.isclose(drift.item(), 0.7, rel_tol=1e-6)
     own = Answers(*(torch.tensor(value) for value in (policy, reference, counts)))
@@ -168,5 +168,5 @@ def test_reward_model() -> None:
 
 
 def test_other_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="--preference-loss kto is not one of pairs"):
-        judge(PreferenceConfig(preference_loss="kto"), draw(0))
+    with pytest.raises(ValueError, match="--loss-type kto is not one of pairs"):
+        judge(PreferenceConfig(loss_type="kto"), draw(0))
