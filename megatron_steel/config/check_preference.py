@@ -9,15 +9,16 @@ from megatron_steel.config.schema import Config
 
 ENTRY = "megatron_steel.preference"
 NO_REFERENCE = ("orpo", "simpo")
+WITH_REFERENCE = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo")
 # Options that only these losses have.
 OF_LOSSES = {
     "label_smoothing": ("sigmoid", "robust"),
     "simpo_gamma": ("simpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "rpo_alpha": ("sigmoid", "robust", "hinge", "ipo", "simpo"),
-    "reference": ("sigmoid", "robust", "hinge", "ipo", "kto"),
-    "reference_checkpoint": ("sigmoid", "robust", "hinge", "ipo", "kto"),
+    "rpo_alpha": (*WITH_REFERENCE, "simpo"),
+    "reference": (*WITH_REFERENCE, "kto"),
+    "reference_checkpoint": (*WITH_REFERENCE, "kto"),
 }
 # Options of conversations that a preference does not leave open: its last answer is what is trained.
 CHAT_FIXED = ("train_turns", "train_on_prompt", "mask_history", "train_newline", "loss_weighting")

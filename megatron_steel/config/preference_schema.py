@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LossType = Literal["sigmoid", "robust", "hinge", "ipo", "orpo", "simpo", "kto"]
+LossType = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "orpo", "simpo", "kto"]
 Reference = Literal["precomputed", "live", "lora-base", "none"]
 
 
@@ -14,7 +14,7 @@ class PreferenceConfig:
     """Preferences, for megatron_steel.preference."""
 
     loss_type: LossType = "sigmoid"
-    """DPO (sigmoid, robust, hinge, ipo), without a reference (orpo, simpo), or of single judged answers (kto)."""
+    """DPO (sigmoid, sigmoid_norm, robust, hinge, ipo), no reference (orpo, simpo), or single judged answers (kto)."""
     beta: float = 0.1
     """How far answers may move from the reference; the weight of the odds ratio in orpo, the scale of simpo."""
     label_smoothing: float = 0.0

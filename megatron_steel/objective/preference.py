@@ -27,6 +27,11 @@ class Answers(NamedTuple):
         return self.policy_P - self.reference_P
 
     @property
+    def mean_ratios_P(self) -> Tensor:
+        """log of policy over reference per token."""
+        return self.ratios_P / self.counts_P
+
+    @property
     def means_P(self) -> Tensor:
         """Log-probability per token of the policy."""
         return self.policy_P / self.counts_P
@@ -50,6 +55,14 @@ def sigmoid_loss(margins_P: Tensor, label_smoothing: float) -> Tensor:
     return right if not label_smoothing else torch.lerp(right, -F.logsigmoid(-margins_P), label_smoothing)
 
 
+def normalized_loss(chosen: Answers, rejected: Answers, beta: float) -> Tensor:
+    """-log sigmoid(beta x difference of mean log-ratios): long answers do not have the larger margins.
+
+    Length-normalized DPO: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, section 5.
+    """
+    return -F.logsigmoid(beta * (chosen.mean_ratios_P - rejected.mean_ratios_P))
+
+
 def robust_loss(margins_P: Tensor, label_smoothing: float) -> Tensor:
     """An unbiased estimate of the loss without flipped pairs.
 
@@ -69,8 +82,7 @@ def ipo_loss(chosen: Answers, rejected: Answers, beta: float) -> Tensor:
 
     Ratios are means over tokens, as in the authors' experiments and in TRL.
     """
-    difference = chosen.ratios_P / chosen.counts_P - rejected.ratios_P / rejected.counts_P
-    return (difference - 1 / (2 * beta)).square()
+    return (chosen.mean_ratios_P - rejected.mean_ratios_P - 1 / (2 * beta)).square()
 
 
 def log_odds(means_P: Tensor) -> Tensor:
@@ -120,14 +132,16 @@ def reward_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
 def judge_pairs(options: PreferenceConfig, chosen: Answers, rejected: Answers) -> Judgement:
     """Loss and implicit rewards of pairs under the options' loss, with its term of likelihood.
 
-    Rewards are beta times what the loss compares: log-ratios, or for losses without a reference mean
-    log-probabilities. Raises ``ValueError`` for a loss that is not one of pairs.
+    Rewards are beta times log-ratios of whole answers, or for losses without a reference mean log-probabilities. Raises
+    ``ValueError`` for a loss that is not one of pairs.
     """
     beta = options.beta
     good_P, bad_P = beta * chosen.ratios_P, beta * rejected.ratios_P
     match options.loss_type:
         case "sigmoid":
             losses_P = sigmoid_loss(good_P - bad_P, options.label_smoothing)
+        case "sigmoid_norm":
+            losses_P = normalized_loss(chosen, rejected, beta)
         case "robust":
             losses_P = robust_loss(good_P - bad_P, options.label_smoothing)
         case "hinge":

@@ -35,6 +35,8 @@ def formula(options: PreferenceConfig, pc: Array, pr: Array, rc: Array, rr: Arra
     match options.loss_type:
         case "sigmoid":
             loss = -(1 - eps) * np.log(sigmoid(h)) - eps * np.log(sigmoid(-h))
+        case "sigmoid_norm":
+            loss = -np.log(sigmoid(options.beta * ((pc - rc) / nc - (pr - rr) / nr)))
         case "robust":
             loss = (-(1 - eps) * np.log(sigmoid(h)) + eps * np.log(sigmoid(-h))) / (1 - 2 * eps)
         case "hinge":
@@ -53,6 +55,7 @@ CASES: list[dict[str, Any]] = [
     {"loss_type": "sigmoid"},
     {"loss_type": "sigmoid", "label_smoothing": 0.2, "beta": 0.5},
     {"loss_type": "sigmoid", "rpo_alpha": 0.7},
+    {"loss_type": "sigmoid_norm", "beta": 5.0},
     {"loss_type": "robust", "label_smoothing": 0.1},
     {"loss_type": "hinge", "beta": 0.3},
     {"loss_type": "ipo", "beta": 0.2},

@@ -1,0 +1,81 @@
+"""Rules of training on preferences: an option that means nothing for a loss is refused."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from megatron_steel.config.check_preference import OF_LOSSES, check_preference, refuse_preference
+from megatron_steel.config.load import apply
+from megatron_steel.config.preference_schema import LossType
+from megatron_steel.config.schema import Config
+
+
+def build(**values: Any) -> Config:
+    """Defaults with some flat options set."""
+    config = Config()
+    apply(config, values, "test")
+    return config
+
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"beta": 0.0}, "--beta must be greater than 0, not 0.0"),
+    ({"label_smoothing": 0.5}, "--label-smoothing must be at least 0 and below 0.5, not 0.5"),
+    ({"loss_type": "robust", "label_smoothing": -0.1}, "--label-smoothing must be at least 0 and below 0.5"),
+    ({"rpo_alpha": -1.0}, "--rpo-alpha must be 0 or more, not -1.0"),
+    ({"reference": "lora-base"}, "--reference lora-base needs adapters: give --lora-rank"),
+    ({"reference": "none", "loss_type": "kto"}, "compares answers with a reference"),
+    ({"reference": "none", "reference_checkpoint": "base"}, "leave out --reference-checkpoint"),
+    ({"reference": "lora-base", "lora_rank": 4, "reference_checkpoint": "base"}, "leave out --reference-checkpoint"),
+    ({"hidden_dropout": 0.1}, "--hidden-dropout must be 0"),
+    ({"train_turns": "first"}, "--train-turns is an option of finetuning"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), FAULTS, ids=lambda value: str(value)[:60])
+def test_faults(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_preference(build(**values))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+CHANGED: dict[str, Any] = {
+    "label_smoothing": 0.1,
+    "simpo_gamma": 1.0,
+    "desirable_weight": 2.0,
+    "undesirable_weight": 2.0,
+    "rpo_alpha": 0.5,
+    "reference": "live",
+    "reference_checkpoint": "base",
+}
+# What the formulas of tests/unit/test_preference_losses.py have in them.
+MEANT: dict[str, set[str]] = {
+    "sigmoid": {"label_smoothing", "rpo_alpha", "reference", "reference_checkpoint"},
+    "sigmoid_norm": {"rpo_alpha", "reference", "reference_checkpoint"},
+    "robust": {"label_smoothing", "rpo_alpha", "reference", "reference_checkpoint"},
+    "hinge": {"rpo_alpha", "reference", "reference_checkpoint"},
+    "ipo": {"rpo_alpha", "reference", "reference_checkpoint"},
+    "orpo": set(),
+    "simpo": {"simpo_gamma", "rpo_alpha"},
+    "kto": {"desirable_weight", "undesirable_weight", "reference", "reference_checkpoint"},
+}
+
+
+@pytest.mark.parametrize("loss", get_args(LossType))
+def test_a_loss_has_its_own_options_only(loss: str) -> None:
+    assert set(CHANGED) == set(OF_LOSSES)
+    check_preference(build(loss_type=loss))
+    for name, value in CHANGED.items():
+        config = build(loss_type=loss, **{name: value})
+        if name in MEANT[loss]:
+            check_preference(config)
+        else:
+            with pytest.raises(ValueError, match=f"has no meaning for --loss-type {loss}"):
+                check_preference(config)
+
+
+def test_other_runs_have_no_preferences() -> None:
+    refuse_preference(build(), "megatron_steel.finetune")
+    with pytest.raises(ValueError, match="--beta is an option of megatron_steel.preference, not of"):
+        refuse_preference(build(beta=0.2), "megatron_steel.finetune")
