@@ -12,6 +12,7 @@ from megatron_steel.data.chat_formats import BadRow
 from megatron_steel.data.chat_length import LengthPolicy, fit
 from megatron_steel.data.chat_sources import ChatSource
 from megatron_steel.data.chat_store import ChatStore, encode_rows, join, stored
+from megatron_steel.data.pair_store import encode_pairs
 from megatron_steel.text.conversation import Conversation, EncodedChat
 from megatron_steel.text.masks import MaskPolicy, pick_system
 from megatron_steel.text.show_tokens import legend, show
@@ -54,6 +55,16 @@ def encode_source(source: ChatSource, encoder: ChatEncoder, folder: Path | None,
     return make() if folder is None else stored(folder / encoder.store_name(source)[:32], make)
 
 
+def encode_pair_source(source: ChatSource, encoder: ChatEncoder, folder: Path | None, workers: int) -> ChatStore:
+    """The pairs or judged answers of a source in tokens, like :func:`encode_source`."""
+
+    def make() -> ChatStore:
+        judged = source.row_kind == "judged"
+        return encode_pairs(source.rows(), encoder.encode, encoder.lengths, workers, judged)
+
+    return make() if folder is None else stored(folder / encoder.store_name(source)[:32], make)
+
+
 def worker_count() -> int:
     """Processes that encode: the CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -87,6 +98,7 @@ def inspect_source(
         if isinstance(row, BadRow):
             yield f"{row.place}: bad row: {row.reason}"
             continue
+        assert isinstance(row, Conversation)
         try:
             whole = encoder.encode(row)
         except ValueError as error:

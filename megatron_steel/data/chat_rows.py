@@ -7,29 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from megatron_steel.data.chat_formats import BadRow, RowFormat, read_record
+from megatron_steel.data.pair_formats import read_judged, read_pair, row_keys
 from megatron_steel.data.raw_rows import RawRow, raw_rows
-from megatron_steel.text.conversation import Conversation
+from megatron_steel.text.conversation import Conversation, Judged, Pair
 
+RowKind = Literal["chat", "pair", "judged"]
+ChatRow = Conversation | Pair | Judged
 BLANK = "blank line"
 
 
 def read_chat(
-    files: Sequence[Path], form: RowFormat, max_turn_bytes: int, what: str = "read"
-) -> Iterator[Conversation | BadRow]:
-    """One conversation or bad row for every row of the files, in order; places are "FILE:LINE", rows of tables counted.
+    files: Sequence[Path], form: RowFormat, max_turn_bytes: int, row_kind: RowKind = "chat"
+) -> Iterator[ChatRow | BadRow]:
+    """One conversation, pair or judged answer, or bad row, for every row of the files in order.
+
+    Places are "FILE:LINE"; rows of tables are counted.
 
     Raises ``ValueError`` for a file that cannot be read from some place on, or that has none of the columns.
     """
-    for row in chat_values(files, form, what):
-        yield read_row(row, form, max_turn_bytes)
+    for row in chat_values(files, form):
+        yield read_row(row, form, max_turn_bytes, row_kind)
 
 
-def read_row(row: RawRow, form: RowFormat, max_turn_bytes: int) -> Conversation | BadRow:
+def read_row(row: RawRow, form: RowFormat, max_turn_bytes: int, row_kind: RowKind = "chat") -> ChatRow | BadRow:
     """What a row is."""
     if row.error is None:
-        return read_record(row.value, row.place, form, max_turn_bytes)
+        readers = {"chat": read_record, "pair": read_pair, "judged": read_judged}
+        return readers[row_kind](row.value, row.place, form, max_turn_bytes)
     known = row.error.startswith("malformed JSON:")
     return BadRow(row.place, row.error if known else f"unreadable: {row.error}")
 
@@ -38,7 +45,7 @@ def chat_values(files: Sequence[Path], form: RowFormat, what: str = "read") -> I
     """The rows of the files before anything is made of them."""
     for path in files:
         try:
-            yield from (row for row in raw_rows([path], form.keys(), what) if row.error != BLANK)
+            yield from (row for row in raw_rows([path], row_keys(form), what) if row.error != BLANK)
         except ValueError as error:
             # Readers name the option of preprocessing.
             hint = "say what the columns are in a dataset_info.json"

@@ -26,12 +26,11 @@ from megatron_steel.data.chat_registry import (
     open_entry,
     read_registry,
 )
-from megatron_steel.data.chat_rows import chat_values, count_rows, read_chat, read_row
+from megatron_steel.data.chat_rows import ChatRow, RowKind, chat_values, count_rows, read_chat, read_row
 from megatron_steel.data.duplicates import hash_file
 from megatron_steel.data.selection import LIMIT, PATTERN, pair_weights
 from megatron_steel.data.shuffle import permute, round_keys
 from megatron_steel.data.sources import source_names
-from megatron_steel.text.conversation import Conversation
 
 # What a fingerprint holds beside the bytes of files: another number when the same bytes give other conversations.
 VERSION = "chat 1"
@@ -53,19 +52,20 @@ class ChatSource:
     """LLaMA-Factory's: so many rows by lot; where there are fewer, all of them and others again."""
     max_samples: int | None
     """At most so many rows, by lot."""
+    row_kind: RowKind = "chat"
 
-    def rows(self) -> Iterator[Conversation | BadRow]:
-        """Each row as a conversation or a bad row, in the order of the files; the same in every run.
+    def rows(self) -> Iterator[ChatRow | BadRow]:
+        """Each row as what it is read for, or a bad row, in the order of the files; the same in every run.
 
         A row that is drawn several times comes several times. Raises ``ValueError`` for a file that cannot be read.
         """
         if self.num_samples is None and self.max_samples is None:
-            yield from read_chat(self.files, self.form, self.max_turn_bytes)
+            yield from read_chat(self.files, self.form, self.max_turn_bytes, self.row_kind)
             return
         copies = draw_rows(count_rows(self.files, self.form), self.num_samples, self.max_samples)
         for row, count in zip(chat_values(self.files, self.form), copies.tolist(), strict=True):
             if count:
-                yield from [read_row(row, self.form, self.max_turn_bytes)] * count
+                yield from [read_row(row, self.form, self.max_turn_bytes, self.row_kind)] * count
 
 
 def draw_rows(rows: int, num_samples: int | None, max_samples: int | None) -> np.ndarray:
@@ -88,7 +88,11 @@ def draw_rows(rows: int, num_samples: int | None, max_samples: int | None) -> np
 
 
 def open_chat(
-    specs: Sequence[str], registry: Path | None, max_turn_bytes: int, flag: str = "--train-data"
+    specs: Sequence[str],
+    registry: Path | None,
+    max_turn_bytes: int,
+    flag: str = "--train-data",
+    row_kind: RowKind = "chat",
 ) -> list[ChatSource]:
     """The sources that the values of a flag name, in their order; those of weight 0 are left out. Files are hashed.
 
@@ -108,11 +112,12 @@ def open_chat(
             name=name,
             files=entry.files,
             weight=weight,
-            fingerprint=fingerprint(entry, max_turn_bytes, max_samples),
+            fingerprint=fingerprint(entry, max_turn_bytes, max_samples, row_kind),
             form=entry.form,
             max_turn_bytes=max_turn_bytes,
             num_samples=entry.num_samples,
             max_samples=max_samples,
+            row_kind=row_kind,
         )
         for name, (entry, weight, max_samples) in zip(short_names(names), entries, strict=True)
     ]
@@ -173,9 +178,10 @@ def ending(name: str) -> str:
     return max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
 
 
-def fingerprint(entry: Entry, max_turn_bytes: int, max_samples: int | None) -> str:
+def fingerprint(entry: Entry, max_turn_bytes: int, max_samples: int | None, row_kind: RowKind) -> str:
     """See `ChatSource.fingerprint`."""
     form = "" if entry.form == RowFormat() else repr(entry.form)
+    form += "" if row_kind == "chat" else f" {row_kind}"
     parts = [VERSION, form, str(max_turn_bytes), str(entry.num_samples), str(max_samples)]
     parts += [f"{ending(file.name)} {hash_file(file)}" for file in entry.files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -97,6 +97,8 @@ class ChatStore:
     begins_n: np.ndarray
     """int64 (n + 1,): where conversation i begins."""
     report: ChatReport
+    desirable: np.ndarray | None = None
+    """Of judged answers, whether each is a good one, bool (n / 2,): pair_store.py."""
 
     def __len__(self) -> int:
         return len(self.begins_n) - 1
@@ -162,25 +164,32 @@ def merge(into: ChatReport, part: ChatReport) -> None:
 
 
 def encode_rows(rows: Iterable[Any], encode: Encode, policy: LengthPolicy, workers: int) -> Encoded:
-    """All rows, in their order whatever the number of processes. A row is a `Conversation`, or has a place and reason.
+    """All conversations, in their order whatever the number of processes. A bad row has a place and a reason."""
+    return encode_in_chunks(rows, lambda part: encode_chunk(part, encode, policy), workers)
+
+
+def encode_in_chunks(
+    rows: Iterable[Any], encode: Callable[[list[Any]], tuple[list[Any], ChatReport]], workers: int
+) -> tuple[list[Any], ChatReport]:
+    """What ``encode`` makes of pieces of the good rows, joined in their order, and what became of all rows.
 
     ``rows`` are read in waves, so that not all of them are in memory as objects.
     """
-    chats: list[EncodedChat] = []
+    chats: list[Any] = []
     report, stream = ChatReport(), iter(rows)
     while wave := list(islice(stream, WAVE)):
         report.rows += len(wave)
         good = []
         for row in wave:
-            if isinstance(row, Conversation):
-                good.append(row)
-            else:
+            if hasattr(row, "reason"):
                 note_bad(report, row.place, row.reason)
+            else:
+                good.append(row)
         pieces = [good[at : at + CHUNK] for at in range(0, len(good), CHUNK)]
-        done: dict[int, Encoded] = {}
+        done: dict[int, tuple[list[Any], ChatReport]] = {}
 
-        def work(item: int, _: Any, pieces: list[list[Conversation]] = pieces) -> Encoded:
-            return encode_chunk(pieces[item], encode, policy)
+        def work(item: int, _: Any, pieces: list[list[Any]] = pieces) -> tuple[list[Any], ChatReport]:
+            return encode(pieces[item])
 
         for item, result in run_work(work, range(len(pieces)), workers, lambda *_: None):
             done[item] = result
@@ -209,6 +218,7 @@ def write_store(store: ChatStore, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         arrays = {"ids": store.ids_N, "labels": store.labels_N, "begins": store.begins_n, "weights": store.weights_N}
+        arrays["desirable"] = store.desirable
         for name, array in arrays.items():
             if array is not None:
                 np.save(temporary / f"{name}.npy", array)
@@ -228,9 +238,11 @@ def read_store(folder: Path) -> ChatStore:
         path = folder / f"{name}.npy"
         return np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
 
-    weights = array("weights") if (folder / "weights.npy").is_file() else None
+    weights, desirable = (
+        array(name) if (folder / f"{name}.npy").is_file() else None for name in ("weights", "desirable")
+    )
     report = ChatReport.from_json(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
-    return ChatStore(array("ids"), array("labels"), weights, array("begins"), report)
+    return ChatStore(array("ids"), array("labels"), weights, array("begins"), report, desirable)
 
 
 @contextmanager

@@ -40,6 +40,24 @@ class Conversation:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, each the last turn of a conversation; the turns before are the same."""
+
+    chosen: Conversation
+    rejected: Conversation
+    place: str
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Judged:
+    """An answer, the last turn of a conversation, that is good or bad."""
+
+    conversation: Conversation
+    desirable: bool
+    place: str
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class Round:
     """An answer and what stands before it since the answer before: positions in the ids of a conversation."""
 

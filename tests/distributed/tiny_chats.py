@@ -51,6 +51,24 @@ def write_chats(path: Path, rows: int, seed: int = 0, longest: int = 5) -> str:
     return str(path)
 
 
+def write_pairs(path: Path, rows: int, seed: int = 0, judged: bool = False) -> str:
+    """Prompts with a chosen and a rejected answer, or one that is judged; returns the path."""
+    rng = random.Random(seed)
+
+    def text(longest: int = 5) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+    lines = []
+    for number in range(rows):
+        prompt = [{"role": "system", "content": text()}] if number % 3 == 0 else []
+        prompt.append({"role": "user", "content": text()})
+        good, bad = ([{"role": "assistant", "content": text(9)}] for _ in range(2))
+        row = {"completion": good, "label": number % 3 != 1} if judged else {"chosen": good, "rejected": bad}
+        lines.append(json.dumps({"prompt": prompt, **row}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
 def chat_options(model: str, data: str, **changes: Any) -> dict[str, Any]:
     """Flat options of a finetune."""
     return {

@@ -23,6 +23,7 @@ from megatron_steel.runtime.world import World
 from megatron_steel.train.loop import Session, mean_losses, save, take_step
 from megatron_steel.train.prepare import prepare
 from megatron_steel.train.prepare_chat import prepare_chat
+from megatron_steel.train.prepare_preference import prepare_preference
 from megatron_steel.train.run import build_session
 
 ROWS = 1000
@@ -102,6 +103,8 @@ class Trace:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    """What was recorded of each step."""
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     splits: dict[str, int] = field(default_factory=dict)
     """Axis along which a weight is shared out over tensor-parallel ranks."""
@@ -136,8 +139,11 @@ def options(prefix: str, *changes: dict[str, Any], **more: Any) -> dict[str, Any
 @contextmanager
 def open_session(flat: dict[str, Any]) -> Iterator[Session]:
     """The run of these options on this rank, built by the code that the command line uses."""
+    preferences = flat.get("preferences", False)
+    flat = {name: value for name, value in flat.items() if name != "preferences"}
     config = from_flat(flat)
-    prepared = prepare_chat(config) if config.chat.train_data else prepare(config)
+    prepare_rows = prepare_preference if preferences else prepare_chat
+    prepared = prepare_rows(config) if config.chat.train_data else prepare(config)
     world = start_world(flat)
     session = build_session(prepared, world, StopRequest(), 0.0)
     with session.loader:
@@ -167,6 +173,7 @@ def take_steps(session: Session, steps: int, trace: Trace) -> None:
         trace.losses.append(mean_losses(session)["loss"])
         trace.grad_norms.append(row["grad_norm"])
         trace.rates.append(row["lr"])
+        trace.rows.append(row)
 
 
 def keep_weights(session: Session, trace: Trace) -> None:

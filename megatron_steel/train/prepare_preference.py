@@ -1,0 +1,63 @@
+"""Everything that can be wrong with the input of a run on preferences, found before there is a process group."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import partial
+
+from megatron_steel.config.check_chat import check_chat
+from megatron_steel.config.check_preference import NO_REFERENCE, check_preference
+from megatron_steel.config.schema import Config, ModelConfig
+from megatron_steel.data.chat_encode import ChatEncoder, encode_pair_source, refuse_bad, worker_count
+from megatron_steel.data.chat_rows import RowKind
+from megatron_steel.data.chat_sources import ChatSource, open_chat
+from megatron_steel.data.pair_dataset import PairDataset
+from megatron_steel.train.prepare import FREE, Prepared
+from megatron_steel.train.prepare_chat import prepare_rows, store_folder
+from megatron_steel.train.pretrained import Pretrained, open_pretrained
+
+
+def rules(config: Config) -> None:
+    """Those of conversations and of preferences."""
+    check_chat(config)
+    check_preference(config)
+
+
+def build_pairs(
+    config: Config, name: str, source: ChatSource, encoder: ChatEncoder, notes: list[str], training: bool
+) -> PairDataset:
+    """Encode a source of pairs or judged answers, or find it encoded, and lay its rows."""
+    store = encode_pair_source(source, encoder, store_folder(config), worker_count())
+    refuse_bad(name, store, config.chat.max_bad_rows, config.chat.max_untrained)
+    notes += store.report.lines(name)
+    return PairDataset(
+        name, store, encoder.store_name(source), config.training.seq_length, config.chat.packing, store.desirable
+    )
+
+
+def prepare_preference(config: Config) -> Prepared:
+    """Check and open everything a run on preferences needs; raises ``ValueError`` like prepare_chat.py."""
+    kind: RowKind = "judged" if config.preference.loss_type == "kto" else "pair"
+    prepared = prepare_rows(config, rules, partial(open_chat, row_kind=kind), build_pairs)
+    prepared.preferences = True
+    options = config.preference
+    if options.loss_type not in NO_REFERENCE and options.reference != "none":
+        prepared.reference = open_reference(prepared)
+    return prepared
+
+
+def open_reference(prepared: Prepared) -> Pretrained:
+    """What answers are compared with: another model, or what the run starts, or once started, from."""
+    config = prepared.config
+    path = config.preference.reference_checkpoint or config.chat.pretrained_checkpoint
+    if path is None:
+        raise ValueError("--reference-checkpoint: give what the run started from, to compare answers with it")
+    origin, notes = open_pretrained(path, None)
+    prepared.warnings += notes
+    theirs = origin.sizes()
+    for item in fields(ModelConfig):
+        ours, wanted = getattr(config.size, item.name), getattr(theirs, item.name)
+        if item.name not in FREE and ours != wanted:
+            flag = item.name.replace("_", "-")
+            raise ValueError(f"the reference {path} has --{flag} {wanted}, the model {ours}; take one of its sizes")
+    return origin
