@@ -1,8 +1,8 @@
 """TRL's ``DPOTrainer`` (1.16) in float32 on a CPU, step by step: what preferences are compared with.
 
-Its loss is the mean over the pairs of a micro-batch, and ``Trainer`` takes the mean over micro-batches: where they are of
-equal size, the mean over the pairs of the step. Rewards are beta times the log-ratio of the whole answer. What it makes
-of a data set are the columns ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, which are given to it here.
+Its loss is the mean over the pairs of a micro-batch, and ``Trainer`` takes the mean over micro-batches: where they are
+of equal size, the mean over the pairs of the step. Rewards are beta times the log-ratio of the whole answer. What it
+makes of a data set are the columns ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, which are given to it here.
 """
 
 from __future__ import annotations
