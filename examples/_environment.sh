@@ -97,3 +97,16 @@ fi
 export PYTHON STEEL_PYTHON=$PYTHON PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
 export PATH
+
+# Runs module $1 with its flags on RANKS processes of each of NNODES nodes, of which this is NODE_RANK.
+steel_launch() {
+  local where=(--nproc-per-node "$RANKS" --nnodes "$NNODES" --node-rank "$NODE_RANK") threads=$(($(nproc) / RANKS))
+  # One node needs no agreed port: torchrun finds a free one.
+  if [ "$NNODES" -gt 1 ]; then
+    where+=(--master-addr "$MASTER_ADDR" --master-port "$([ "$MASTER_PORT" -gt 0 ] && echo "$MASTER_PORT" || echo 29500)")
+  else
+    where+=(--standalone)
+  fi
+  # torchrun would set one thread and print a page about it.
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} "$PYTHON" -m torch.distributed.run "${where[@]}" -m "$@"
+}

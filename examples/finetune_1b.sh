@@ -73,13 +73,6 @@ TRAINING_FLAGS=(
 )
 SAVE_FLAGS=(--save "$OUTPUT_DIR/checkpoints" --auto-resume --save-interval "${SAVE_INTERVAL:-500}" --save-total-limit 3)
 LOG_FLAGS=(--log-interval 10 --eval-interval "${EVAL_INTERVAL:-100}" --eval-iters 10 --tensorboard-dir "$OUTPUT_DIR/tensorboard")
-LAUNCH=(--nproc-per-node "$RANKS" --nnodes "$NNODES" --node-rank "$NODE_RANK")
-# One node needs no agreed port: torchrun finds a free one.
-if [ "$NNODES" -gt 1 ]; then
-  LAUNCH+=(--master-addr "$MASTER_ADDR" --master-port "$([ "$MASTER_PORT" -gt 0 ] && echo "$MASTER_PORT" || echo 29500)")
-else
-  LAUNCH+=(--standalone)
-fi
 
 if wants data && [ "$NODE_RANK" -eq 0 ]; then
   echo "--- two conversations as the model will read them, what is trained in them marked"
@@ -87,9 +80,7 @@ if wants data && [ "$NODE_RANK" -eq 0 ]; then
 fi
 if wants train; then
   echo "--- finetune"
-  # torchrun would set one thread and print a page about it.
-  THREADS=$(($(nproc) / RANKS))
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))} "$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m megatron_steel.finetune \
+  steel_launch megatron_steel.finetune \
     "${CHAT_FLAGS[@]}" "${TRAINING_FLAGS[@]}" "${SAVE_FLAGS[@]}" "${LOG_FLAGS[@]}" "$@"
 fi
 wants export && [ "$NODE_RANK" -eq 0 ] || exit 0

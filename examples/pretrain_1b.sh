@@ -82,19 +82,10 @@ TRAINING_FLAGS=(
 )
 CHECKPOINT_FLAGS=(--save "$OUTPUT_DIR/checkpoints" --auto-resume --save-interval "$SAVE_INTERVAL" --save-total-limit 3)
 LOG_FLAGS=(--log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --tensorboard-dir "$OUTPUT_DIR/tensorboard")
-LAUNCH=(--nproc-per-node "$RANKS" --nnodes "$NNODES" --node-rank "$NODE_RANK")
-# One node needs no agreed port: torchrun finds a free one.
-if [ "$NNODES" -gt 1 ]; then
-  LAUNCH+=(--master-addr "$MASTER_ADDR" --master-port "$([ "$MASTER_PORT" -gt 0 ] && echo "$MASTER_PORT" || echo 29500)")
-else
-  LAUNCH+=(--standalone)
-fi
 
 if wants train; then
   echo "--- pretrain"
-  # torchrun would set one thread and print a page about it.
-  THREADS=$(($(nproc) / RANKS))
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))} "$PYTHON" -m torch.distributed.run "${LAUNCH[@]}" -m megatron_steel.pretrain \
+  steel_launch megatron_steel.pretrain \
     --tokenizer-model "$TOKENIZER_MODEL" "${DATA_FLAGS[@]}" \
     "${TRAINING_FLAGS[@]}" "${CHECKPOINT_FLAGS[@]}" "${LOG_FLAGS[@]}" "$@"
 fi

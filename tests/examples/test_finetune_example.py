@@ -92,7 +92,7 @@ def test_without_a_model_it_says_what_to_do(tmp_path: Path) -> None:
 def test_its_flags_exist() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
     text = SCRIPT.read_text(encoding="utf-8")
-    training = text[text.index("CHAT_FLAGS=(") : text.index("LAUNCH=(")] + text[: text.index("CHAT_FLAGS=(")]
+    training = text[text.index("CHAT_FLAGS=(") : text.index("if wants")] + text[: text.index("CHAT_FLAGS=(")]
     known = {line.split()[0] for line in (ROOT / "tests/unit/flags.txt").read_text(encoding="utf-8").splitlines()}
     named = set(re.findall(r"(?<=[\s(])--[a-z][a-z0-9-]+", training))
     assert len(named) > 20 and named <= known
