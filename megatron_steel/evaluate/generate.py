@@ -1,24 +1,28 @@
-"""KV-cached continuation of prompts, under any tensor and pipeline parallelism.
+"""KV-cached continuation of prompts, under any tensor and pipeline parallelism; also in the middle of training.
 
-Shapes: B prompts, S positions fed at once (the prompt, then 1), V padded vocabulary, H hidden.
+Shapes: B texts, S columns fed at once (the prompts, then 1), K columns fed so far, V padded vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from megatron_steel.checkpoint.state import load_tokenizer
 from megatron_steel.checkpoint.verify import load_for_inference
 from megatron_steel.model.build import Model
+from megatron_steel.model.kv_cache import KeyValueCache, check_layout, feeding, takes_padding
 from megatron_steel.runtime.world import World
 from megatron_steel.text.conversation import Message
 from megatron_steel.text.templates import Template
+
+CROWDED = 0.75
+"""Finished texts are taken out of a batch when no more than this share of it is left: that copies the cache."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,8 +41,27 @@ class Sampling:
     """Seed of the choices."""
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token id for each row, int64 [B]."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Continuation:
+    """What was added to a prompt."""
+
+    tokens: list[int]
+    """Without the stop token."""
+    stop: int | None
+    """The stop token that ended it; None when the limit of tokens or of the model's positions did."""
+
+    @property
+    def with_stop(self) -> list[int]:
+        """All tokens that were chosen."""
+        return self.tokens if self.stop is None else [*self.tokens, self.stop]
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> Tensor:
+    """One token id for each row, int64 [B]; ``draws_B`` float64 are uniform numbers from [0, 1).
+
+    The token is where the sum of probabilities, in the order of ids, passes the draw: texts do not depend on what else
+    is in the batch, and no logits leave the device.
+    """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     scaled = logits_BV.float() / sampling.temperature
@@ -51,11 +74,21 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
         # A token stays when the sum before it has not reached top_p: the first one always stays.
         cut = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         scaled = scaled.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
-    return torch.multinomial(scaled.softmax(-1).cpu(), 1, generator=generator).squeeze(-1).to(logits_BV.device)
+    sums_BV = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total_B1 = sums_BV[:, -1:]
+    # The largest draw times the total may round to the latter: the bound is then the number before.
+    bounds_B1 = (draws_B.unsqueeze(1) * total_B1).minimum(torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(sums_BV, bounds_B1, right=True).squeeze(1)
 
 
-def stage_forward(model: Model, tokens_BS: Tensor, cache: StaticInferenceContext, world: World) -> Tensor | None:
-    """Feed positions through this rank's stage; the last stage returns logits of the last position [B, V]."""
+def make_draws(sampling: Sampling, streams: Sequence[tuple[int, int]]) -> Tensor:
+    """Uniform numbers float64 [texts, max_new_tokens]; those of a text depend on the seed and its stream only."""
+    rows = [np.random.default_rng((sampling.seed, *stream)).random(sampling.max_new_tokens) for stream in streams]
+    return torch.from_numpy(np.stack(rows))
+
+
+def stage_forward(model: Model, tokens_BS: Tensor, cache: KeyValueCache, world: World) -> Tensor | None:
+    """Feed columns through this rank's stage; the last stage returns logits of the last column [B, V]."""
     language_model = model.language_models()[0]
     batch, length = tokens_BS.shape
     first, last = world.pipeline_rank == 0, world.pipeline_rank == world.pipeline_size - 1
@@ -65,8 +98,11 @@ def stage_forward(model: Model, tokens_BS: Tensor, cache: StaticInferenceContext
         )
         torch.distributed.recv(hidden_SBH, group_src=world.pipeline_rank - 1, group=world.pipeline_group)
         language_model.set_input_tensor(hidden_SBH)
-    positions = cache.sequence_len_offset + torch.arange(length, device=world.device).expand(batch, -1)
-    output = language_model(tokens_BS, positions, None, inference_context=cache, runtime_gather_output=True)
+    # Texts that are finished may be fed beyond the last position until they are taken out.
+    positions_BS = cache.positions(length).clamp_(max=language_model.max_sequence_length - 1)
+    output = language_model(
+        tokens_BS, positions_BS, cache.padding(length), inference_context=cache, runtime_gather_output=True
+    )
     cache.sequence_len_offset += length
     if not last:
         torch.distributed.send(output.contiguous(), group_dst=world.pipeline_rank + 1, group=world.pipeline_group)
@@ -88,57 +124,111 @@ def agree_on_tokens(tokens_B: Tensor | None, batch: int, world: World) -> Tensor
     return tokens_B
 
 
+@dataclass(slots=True)
+class Text:
+    """A continuation in the making."""
+
+    room: int
+    """Tokens it may still have."""
+    draws: Tensor
+    """Uniform numbers for its choices."""
+    tokens: list[int]
+    stop: int | None = None
+
+    def take(self, token: int, stops: frozenset[int]) -> bool:
+        """Add a chosen token; whether the text goes on."""
+        if token in stops:
+            self.stop = token
+            return False
+        self.tokens.append(token)
+        return len(self.tokens) < self.room
+
+
+def continue_batch(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[Text]],
+    sampling: Sampling,
+    stops: frozenset[int],
+    world: World,
+) -> None:
+    """Fill ``texts``, the samples of each prompt; prompts are fed once."""
+    lengths = [len(prompt) for prompt in prompts]
+    active = [text for samples in texts for text in samples]
+    room = max(text.room for text in active)
+    cache = KeyValueCache(lengths, max(lengths) + room, world.device)
+    fed_BS = torch.tensor([[0] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts])
+    logits_BV = stage_forward(model, fed_BS.to(world.device), cache, world)
+    if len(active) > len(prompts):
+        rows = torch.tensor([row for row, samples in enumerate(texts) for _ in samples], device=world.device)
+        cache.choose_rows(rows)
+        logits_BV = None if logits_BV is None else logits_BV[rows]
+    going, draws_BN = [True] * len(active), torch.stack([text.draws for text in active]).to(world.device)
+    for step in range(room):
+        chosen = None if logits_BV is None else choose(logits_BV, sampling, draws_BN[:, step])
+        tokens_B = agree_on_tokens(chosen, len(active), world)
+        tokens = tokens_B.tolist()
+        going = [on and text.take(token, stops) for on, text, token in zip(going, active, tokens, strict=True)]
+        if not any(going):
+            return
+        if sum(going) <= CROWDED * len(going):
+            rows = torch.tensor([row for row, on in enumerate(going) if on], device=world.device)
+            cache.choose_rows(rows)
+            tokens_B, draws_BN = tokens_B[rows], draws_BN[rows]
+            active, going = [active[row] for row in rows.tolist()], [True] * len(rows)
+        logits_BV = stage_forward(model, tokens_B.unsqueeze(1), cache, world)
+
+
 @torch.no_grad()
-def generate(
+def continue_prompts(
     model: Model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop_ids: Sequence[int],
     world: World,
-    on_token: Callable[[Tensor], None] | None = None,
-) -> list[list[int]]:
-    """Continue each prompt until a stop id (which is not returned) or ``max_new_tokens``.
+    samples: int = 1,
+    streams: Sequence[int] | None = None,
+) -> list[list[Continuation]]:
+    """``samples`` continuations of each prompt, until a stop id or ``max_new_tokens`` or the model's last position.
 
-    Prompts of different lengths share a batch: all are fed up to the shortest one's end, then one position at a time,
-    where longer prompts keep their own tokens. ``on_token`` sees each new column of ids. Raises ``ValueError`` for an
-    empty prompt or more positions than the model is declared for.
+    ``streams`` number the prompts for the choice of tokens, by default from 0: a prompt with the same number, seed and
+    weights is continued in the same way in another batch or on another layout, but for rounding. The ranks of one
+    replica of the model have to be given the same; replicas may be given different prompts. The model may be in the
+    middle of training and is left as it was. Raises ``ValueError`` for an empty prompt, one that leaves no room, and a
+    layout that cannot generate.
     """
     lengths = [len(prompt) for prompt in prompts]
     limit = model.language_models()[0].max_sequence_length
     if not lengths or min(lengths) == 0:
         raise ValueError("a prompt needs at least one token; start from the end-of-document token for an empty text")
-    total = min(max(lengths) + sampling.max_new_tokens, limit)
     if max(lengths) >= limit:
         raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in {limit} positions")
-    for chunk in model.chunks:
-        chunk.eval()
-    batch = len(prompts)
-    tokens = torch.zeros(batch, total, dtype=torch.int64, device=world.device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    ends = torch.tensor(lengths, device=world.device)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=world.device)
-    cache = StaticInferenceContext(batch, total)
-    done = torch.zeros(batch, dtype=torch.bool, device=world.device)
-    final = torch.full((batch,), total, device=world.device)
-    fed = 0
-    for position in range(min(lengths), total):
-        logits_BV = stage_forward(model, tokens[:, fed:position], cache, world)
-        fed = position
-        chosen = agree_on_tokens(None if logits_BV is None else choose(logits_BV, sampling, generator), batch, world)
-        chosen = torch.where(position < ends, tokens[:, position], chosen)
-        tokens[:, position] = chosen
-        if on_token is not None:
-            on_token(chosen)
-        stopped = (position >= ends) & ((chosen.unsqueeze(1) == stops).any(1)) & ~done
-        final = torch.where(stopped, position, final)
-        too_long = (position - ends + 1 >= sampling.max_new_tokens) & ~done & ~stopped
-        final = torch.where(too_long, position + 1, final)
-        done |= stopped | too_long
-        if bool(done.all()):
-            break
-    return [tokens[row, lengths[row] : int(final[row])].tolist() for row in range(batch)]
+    if samples < 1 or sampling.max_new_tokens < 1:
+        raise ValueError("generating text needs at least one sample of each prompt and one new token")
+    check_layout(model, world)
+    numbers = range(len(prompts)) if streams is None else streams
+    texts = [
+        [
+            Text(min(sampling.max_new_tokens, limit - length), draws, [])
+            for draws in make_draws(sampling, [(number, sample) for sample in range(samples)])
+        ]
+        for length, number in zip(lengths, numbers, strict=True)
+    ]
+    with feeding(model):
+        groups = [range(len(prompts))]
+        if min(lengths) < max(lengths) and not takes_padding(model, world):
+            groups = [[row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]
+        for group in groups:
+            chosen = [prompts[row] for row in group], [texts[row] for row in group]
+            continue_batch(model, *chosen, sampling, frozenset(stop_ids), world)
+    return [[Continuation(tokens=text.tokens, stop=text.stop) for text in row] for row in texts]
+
+
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: Sequence[int], world: World
+) -> list[list[int]]:
+    """One continuation of each prompt, without its stop token; see :func:`continue_prompts`."""
+    return [row[0].tokens for row in continue_prompts(model, prompts, sampling, stop_ids, world)]
 
 
 class TextGenerator:

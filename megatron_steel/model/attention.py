@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -84,11 +85,14 @@ class TorchDotProductAttention(torch.nn.Module):
     ) -> Tensor:
         """query [S, B, N, D], key and value [S', B, G, D] -> [S, B, N * D].
 
-        The mask type decides: causal, or none for one new token against a cache. A dense mask is never read: whoever
-        passes one would be ignored silently, so it must be None. With ``packed_seq_params`` the tensors hold the tokens
-        of several documents, [T, N, D] and [T, G, D] -> [T, N * D], and each attends within its own.
+        The mask type decides: causal, or none for one new token against a cache. ``attention_mask`` bool [B, S'] is for
+        texts of different lengths: keys before a row's beginning, which nobody sees. With ``packed_seq_params`` the
+        tensors hold the tokens of several documents, [T, N, D] and [T, G, D] -> [T, N * D], and each attends within
+        its own.
         """
-        assert attention_mask is None and attention_bias is None
+        assert attention_bias is None
+        if attention_mask is not None:
+            assert self.context_group is None and packed_seq_params is None
         if self.context_group is not None:
             return self.over_ranks(query, key, value, packed_seq_params)
         dropout = self.dropout if self.training else 0.0
@@ -96,18 +100,26 @@ class TorchDotProductAttention(torch.nn.Module):
             out_TND = packed_attention(query, key, value, packed_seq_params, dropout, self.softmax_scale, self.window)
             return out_TND.flatten(1)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
-        if not causal and self.window is not None:
-            assert query.shape[0] == 1
-            key, value = key[-self.window :], value[-self.window :]
+        if not causal:
+            return self.newest(query, key, value, attention_mask)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if causal:
-            out_BNSD = causal_attention(query, key, value, self.window, dropout, self.softmax_scale)
-        else:
-            grouped = query.shape[1] != key.shape[1]
-            out_BNSD = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropout, scale=self.softmax_scale, enable_gqa=grouped
-            )
+        out_BNSD = causal_attention(query, key, value, self.window, dropout, self.softmax_scale, attention_mask)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def newest(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+        """One token after those of a cache: query [1, B, N, D], key and value [K, B, G, D] -> [1, B, N * D].
+
+        The query heads of a group lie where the kernel has positions: each key is read once for all of them.
+        """
+        assert query.shape[0] == 1
+        last = slice(0 if self.window is None else -self.window, None)
+        out_BGnD = F.scaled_dot_product_attention(
+            query.squeeze(0).unflatten(1, (key.shape[2], -1)),
+            *(x[last].permute(1, 2, 0, 3) for x in (key, value)),
+            attn_mask=None if padding is None else ~padding[:, None, None, last],
+            scale=self.softmax_scale,
+        )
+        return out_BGnD.flatten(1).unsqueeze(0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -181,10 +193,10 @@ class SplitAndRotate(torch.autograd.Function):
 
 
 class TorchSelfAttention(SelfAttention):
-    """megatron-core's self-attention with a short way through it for training.
+    """megatron-core's self-attention with short ways through it for training and for one token after another.
 
-    Anything special (a key/value cache, QK norm, fewer key heads than ranks) takes megatron-core's own
-    way. Parameters and checkpoint names are the same.
+    Anything special (when training: QK norm, fewer key heads than ranks) takes megatron-core's own way. Parameters and
+    checkpoint names are the same.
     """
 
     def __init__(self, *args: Any, local_rope: bool | None = None, **rest: Any) -> None:
@@ -221,6 +233,8 @@ class TorchSelfAttention(SelfAttention):
         """
         if self.local_rope is not None and rotary_pos_emb is not None:
             rotary_pos_emb = table_of(rotary_pos_emb, self.local_rope)
+        if inference_context is not None and self.takes_cache():
+            return self.go_on(hidden_states, attention_mask, rotary_pos_emb, inference_context)
         if inference_context is not None or not self.is_plain(rotary_pos_emb):
             if packed_seq_params is not None and self.config.context_parallel_size > 1:
                 # It would cut the angles of packed documents by itself, in another way; these are cut already.
@@ -247,3 +261,33 @@ class TorchSelfAttention(SelfAttention):
             context = attend(*parts, attention_mask, packed_seq_params=packed_seq_params)
             return self.linear_proj(context.unsqueeze(1))
         return self.linear_proj(attend(query, key, value, attention_mask))
+
+    def takes_cache(self) -> bool:
+        """Whether the core attention is ours, with nothing between it and the projection."""
+        return isinstance(self.core_attention, TorchDotProductAttention) and not self.config.attention_output_gate
+
+    def go_on(
+        self, hidden_states: Tensor, padding: Tensor | None, rotary_pos_emb: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens after those of a ``KeyValueCache``: as :meth:`forward`; ``padding`` bool [B, K] of all tokens so far.
+
+        Keys are kept rotated; megatron-core rotates all of them again for every token.
+        """
+        begin, factor = cache.sequence_len_offset, _yarn_get_concentration_factor_from_config(self.config)
+        rows = slice(begin, begin + hidden_states.shape[0])
+        if self.is_plain(rotary_pos_emb):
+            mixed, _ = self.linear_qkv(hidden_states)
+            cos, sin = rotary_table(rotary_pos_emb, mixed.dtype, factor)
+            query, key, value = SplitAndRotate.apply(
+                mixed, cos[rows], sin[rows], self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+            )
+        else:
+            query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+            skips = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
+            if rotary_pos_emb is not None and not skips:
+                angles = rotary_pos_emb[rows]
+                query = apply_rotary_pos_emb(query, angles, self.config, mscale=factor)
+                key = apply_rotary_pos_emb(key, angles, self.config, mscale=factor)
+        kind = AttnMaskType.causal if begin == 0 else AttnMaskType.no_mask
+        keys, values = cache.extend(self.layer_number, key, value)
+        return self.linear_proj(self.core_attention(query, keys, values, padding, attn_mask_type=kind))

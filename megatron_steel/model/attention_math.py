@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_steel.model.attention import TorchDotProductAttention
 from megatron_steel.model.packed import document_attention
-from megatron_steel.model.window import QUERIES, window_mask
+from megatron_steel.model.window import QUERIES, seen_keys
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:
@@ -28,22 +28,34 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 def block_attention(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor, dropout: float, scale: float, cap: float
 ) -> Tensor:
-    """query [B, N, Q, D], key and value [B, G, K, D], seen bool [Q, K] -> [B, N, Q, D]; softcap and softmax in fp32."""
+    """query [B, N, Q, D], key and value [B, G, K, D] -> [B, N, Q, D]; softcap and softmax in fp32.
+
+    ``seen`` is bool [Q, K] or [B, 1, Q, K].
+    """
     groups = key.shape[1]
     grouped = query.unflatten(1, (groups, -1))
     scores = torch.matmul(grouped.flatten(2, 3), key.transpose(2, 3)).unflatten(2, grouped.shape[2:4])
-    capped = softcap(scores.float() * scale, cap).masked_fill(~seen, -torch.inf)
+    capped = softcap(scores.float() * scale, cap).masked_fill(~seen.unsqueeze(-3), -torch.inf)
     weights = F.dropout(capped.softmax(-1).to(value.dtype), dropout)
     return torch.matmul(weights.flatten(2, 3), value).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
 
 
 def capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, dropout: float, scale: float | None, cap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    dropout: float,
+    scale: float | None,
+    padding: Tensor | None = None,
+    *,
+    cap: float,
 ) -> Tensor:
     """query [B, N, S, D], key and value [B, G, K, D] -> [B, N, S, D]; the queries are the last S of K positions.
 
-    A few queries at a time see the keys up to themselves, or those of the window. Their scores are computed once more
-    in the backward pass, so memory does not grow with the square of the sequence.
+    Nobody sees keys of ``padding`` bool [B, K]. A few queries at a time see the keys up to themselves, or those of the
+    window. Their scores are computed once more in the backward pass, so memory does not grow with the square of the
+    sequence.
     """
     length, before = query.shape[2], key.shape[2] - query.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -54,7 +66,7 @@ def capped_attention(
         keys = range(0 if window is None else max(0, queries.start - window + 1), queries.stop)
         part = slice(keys.start, keys.stop)
         inputs = (query[:, :, begin:end], key[:, :, part], value[:, :, part])
-        seen = window_mask(queries, keys, window, query.device)
+        seen = seen_keys(queries, keys, window, padding, query.device)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             outputs.append(
                 checkpoint(
@@ -88,8 +100,11 @@ class SoftcapAttention(TorchDotProductAttention):
         """query [S, B, N, D], key and value [S', B, G, D] -> [S, B, N * D]; packed [T, N, D] -> [T, N * D].
 
         Without a mask, that is for one new token against a cache, it is the last position; causal means the same then.
+        ``attention_mask`` is that of :class:`TorchDotProductAttention`.
         """
-        assert attention_mask is None and attention_bias is None
+        assert attention_bias is None
+        if attention_mask is not None:
+            assert self.context_group is None and packed_seq_params is None
         if self.context_group is not None:
             return self.over_ranks(query, key, value, packed_seq_params)
         dropout, attend = self.dropout if self.training else 0.0, self.attend
@@ -100,5 +115,5 @@ class SoftcapAttention(TorchDotProductAttention):
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         assert query.shape[0] in (1, key.shape[0]) and (causal or query.shape[0] == 1)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out_BNSD = attend(query, key, value, self.window, dropout, self.softmax_scale)
+        out_BNSD = attend(query, key, value, self.window, dropout, self.softmax_scale, attention_mask)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()

@@ -22,17 +22,36 @@ def window_mask(queries: range, keys: range, window: int | None, device: torch.d
     return seen if window is None else seen & (key > query - window)
 
 
+def seen_keys(queries: range, keys: range, window: int | None, padding: Tensor | None, device: torch.device) -> Tensor:
+    """:func:`window_mask`; with ``padding`` bool [B, all keys], keys that nobody sees, [B, 1, queries, keys].
+
+    A query sees itself in any case: padding too has to become numbers.
+    """
+    seen = window_mask(queries, keys, window, device)
+    if padding is None:
+        return seen
+    itself = seen.triu(queries.start - keys.start)
+    return itself | (seen & ~padding[:, None, None, keys.start : keys.stop])
+
+
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, dropout: float, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    dropout: float,
+    scale: float | None,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """query [B, N, Q, D], key and value [B, G, K, D] -> [B, N, Q, D]; the queries are the last Q of K positions.
 
-    The kernels know no window, and a mask over the whole sequence would cost Q * K: a few queries at a time see no more
-    keys than those up to themselves and the window. A sequence no longer than the window is plain causal attention.
+    Nobody sees keys of ``padding`` bool [B, K]. The kernels know no window, and a mask over the whole sequence would
+    cost Q * K: a few queries at a time see no more keys than those up to themselves and the window. A sequence no
+    longer than the window is plain causal attention.
     """
     length, before = query.shape[2], key.shape[2] - query.shape[2]
     options = {"dropout_p": dropout, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-    if window is None or key.shape[2] <= window:
+    if padding is None and (window is None or key.shape[2] <= window):
         if before == 0:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
         if not query.is_cpu:
@@ -51,7 +70,7 @@ def causal_attention(
                 query[:, :, begin:end],
                 key[:, :, part],
                 value[:, :, part],
-                attn_mask=window_mask(queries, keys, window, query.device),
+                attn_mask=seen_keys(queries, keys, window, padding, query.device),
                 **options,
             )
         )
