@@ -66,6 +66,10 @@ class Columns:
     """None for the first of `MESSAGE_KEYS`."""
     system: str | None = "system"
     tools: str | None = "tools"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    kto_tag: str | None = None
+    """None for the first of pair_formats.JUDGEMENTS."""
 
 
 @dataclass(kw_only=True, frozen=True)

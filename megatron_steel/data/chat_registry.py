@@ -7,10 +7,11 @@ Data of a hub is not fetched: an entry counts if its ``file_name`` is here.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ OTHER_COLUMNS: Mapping[str, str] = {
     "images": "only text is read",
     "videos": "only text is read",
     "audios": "only text is read",
-    "chosen": "preference pairs are not for finetuning",
-    "rejected": "preference pairs are not for finetuning",
-    "kto_tag": "feedback is not for finetuning",
+    "chosen": "pairs of answers are for the losses of pairs of megatron_steel.preference",
+    "rejected": "pairs of answers are for the losses of pairs of megatron_steel.preference",
+    "kto_tag": "judged answers are for --loss-type kto of megatron_steel.preference",
 }
+# Columns of OTHER_COLUMNS that rows of a kind have.
+OF_KIND: Mapping[str, tuple[str, ...]] = {"chat": (), "pair": ("chosen", "rejected"), "judged": ("kto_tag",)}
 ROLE_TAGS = {
     "user_tag": "user",
     "assistant_tag": "assistant",
@@ -65,8 +68,8 @@ def read_registry(path: Path) -> dict[str, Any]:
     return values
 
 
-def open_entry(values: Mapping[str, Any], name: str, path: Path) -> Entry:
-    """The entry of that name in the registry at ``path``, for finetuning.
+def open_entry(values: Mapping[str, Any], name: str, path: Path, row_kind: str = "chat") -> Entry:
+    """The entry of that name in the registry at ``path``, of which rows are to be of a kind.
 
     Raises ``ValueError`` for a name that is not there, data that is elsewhere or of another stage, and keys that would
     do nothing.
@@ -77,10 +80,12 @@ def open_entry(values: Mapping[str, Any], name: str, path: Path) -> Entry:
         raise ValueError(f"{where} is not in it; " + (f"did you mean {near[0]!r}?" if near else "see the names there"))
     entry = values[name]
     _check_keys(entry, KEYS, where)
-    if entry.get("ranking"):
-        raise ValueError(f"{where} has ranking: preference pairs are not for finetuning")
+    if entry.get("ranking") and row_kind != "pair":
+        raise ValueError(f"{where} has ranking: {OTHER_COLUMNS['chosen']}")
     return Entry(
-        files=tuple(_files(entry, where, path.parent)), form=_form(entry, where), num_samples=_samples(entry, where)
+        files=tuple(_files(entry, where, path.parent)),
+        form=_form(entry, where, row_kind),
+        num_samples=_samples(entry, where),
     )
 
 
@@ -128,14 +133,15 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     return directory_files(folder / split) if (folder / split).is_dir() else []
 
 
-def _form(entry: Mapping[str, Any], where: str) -> RowFormat:
+def _form(entry: Mapping[str, Any], where: str, row_kind: str) -> RowFormat:
     """How the rows of an entry are read."""
+    own = OF_KIND[row_kind]
     formatting = entry.get("formatting")
     if formatting not in (None, *KNOWN_FORMATS):
         raise ValueError(f"{where}: formatting {formatting!r} is not one of {', '.join(KNOWN_FORMATS)}")
     columns, tags = entry.get("columns"), entry.get("tags")
     for key, reason in OTHER_COLUMNS.items():
-        if isinstance(columns, Mapping) and columns.get(key):
+        if isinstance(columns, Mapping) and columns.get(key) and key not in own:
             raise ValueError(f"{where} has a column of {key}: {reason}")
     _check_texts({} if columns is None else columns, (*COLUMNS, *OTHER_COLUMNS), f"{where}: columns")
     _check_texts({} if tags is None else tags, TAGS, f"{where}: tags")
@@ -144,26 +150,33 @@ def _form(entry: Mapping[str, Any], where: str) -> RowFormat:
     if formatting in (None, "alpaca"):
         if tags is not None:
             raise ValueError(f"{where} has tags, which alpaca has not; give formatting sharegpt or openai")
-        return RowFormat(kind="alpaca", columns=_alpaca_columns(columns, where))
+        return RowFormat(kind="alpaca", columns=_alpaca_columns(columns, where, own))
     found = {"messages": "conversations"} if columns is None else {key: columns.get(key) for key in COLUMNS}
     if found.get("messages") is None:
         raise ValueError(f"{where}: columns names no messages")
     chosen = Columns(messages=found["messages"], system=found.get("system"), tools=found.get("tools"))
-    return RowFormat(kind="messages", columns=chosen, tags=_tags(tags or {}))
+    return RowFormat(kind="messages", columns=_with(chosen, columns, own), tags=_tags(tags or {}))
 
 
-def _alpaca_columns(columns: Mapping[str, Any] | None, where: str) -> Columns:
+def _with(columns: Columns, named: Mapping[str, Any] | None, own: Sequence[str]) -> Columns:
+    """The columns with those that only this kind of rows has."""
+    return dataclasses.replace(columns, **{key: named[key] for key in own if named and named.get(key)})
+
+
+def _alpaca_columns(columns: Mapping[str, Any] | None, where: str, own: Sequence[str]) -> Columns:
     """Columns of an entry in the format alpaca."""
     if columns is None:
         return Columns(history=None, system=None, tools=None)
     for key in ("prompt", "response"):
-        if columns.get(key) is None:
+        if columns.get(key) is None and not (key == "response" and columns.get("chosen")):
             hint = "; it is text for pretraining" if key == "response" else ""
             raise ValueError(f"{where}: columns names no {key}{hint}")
     if columns.get("messages") is not None:
         raise ValueError(f"{where}: columns names messages, which alpaca has not; give formatting sharegpt or openai")
     chosen: dict[str, Any] = {key: columns.get(key) for key in COLUMNS}
-    return Columns(**chosen)
+    if chosen["response"] is None:
+        del chosen["response"]
+    return _with(Columns(**chosen), columns, own)
 
 
 def _tags(tags: Mapping[str, str]) -> Tags:

@@ -102,7 +102,7 @@ def open_chat(
     entries: list[tuple[Entry, float | None, int | None]] = []
     for weight, value in pair_weights(specs, flag, "data"):
         spec, max_samples = split_limit(value.strip(), flag)
-        entry, name = resolve(spec, registry, flag)
+        entry, name = resolve(spec, registry, flag, row_kind)
         if weight != 0:
             names.append(name)
             entries.append((entry, weight, max_samples))
@@ -123,7 +123,7 @@ def open_chat(
     ]
 
 
-def resolve(spec: str, registry: Path | None, flag: str) -> tuple[Entry, str]:
+def resolve(spec: str, registry: Path | None, flag: str, row_kind: RowKind = "chat") -> tuple[Entry, str]:
     """The files that a value names, and what it is called: a path or the name of an entry."""
     path = Path(spec)
     if registry is not None and spec in (known := read_registry(registry)):
@@ -131,7 +131,7 @@ def resolve(spec: str, registry: Path | None, flag: str) -> tuple[Entry, str]:
             raise ValueError(
                 f"{flag} {spec}: there is such a path, and such a name in {registry}; write ./{spec} for one"
             )
-        return open_entry(known, spec, registry), spec
+        return open_entry(known, spec, registry, row_kind), spec
     if path.is_dir():
         files = directory_files(path)
         if not files:
@@ -146,7 +146,7 @@ def resolve(spec: str, registry: Path | None, flag: str) -> tuple[Entry, str]:
         if not files:
             raise ValueError(f"{flag} {spec}: matches no file")
     elif registry is None and not ending(spec) and (beside := path.parent / REGISTRY_FILE).is_file():
-        return open_entry(read_registry(beside), path.name, beside), spec
+        return open_entry(read_registry(beside), path.name, beside, row_kind), spec
     else:
         names = list(read_registry(registry)) if registry is not None else []
         near = difflib.get_close_matches(spec, names, n=1)

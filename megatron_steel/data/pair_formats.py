@@ -28,7 +28,8 @@ KEYS = (CHOSEN, REJECTED, RESPONSE, *JUDGEMENTS, "prompt", "completion")
 
 def row_keys(form: RowFormat) -> list[str]:
     """Every key of a record that is looked at, for readers of tables."""
-    return list(dict.fromkeys([*form.keys(), *KEYS]))
+    named = [form.columns.chosen, form.columns.rejected, form.columns.kto_tag]
+    return list(dict.fromkeys([*form.keys(), *KEYS, *(key for key in named if key is not None)]))
 
 
 def read_pair(value: Any, place: str, form: RowFormat, max_turn_bytes: int) -> Pair | BadRow:
@@ -57,13 +58,14 @@ def read_judged(value: Any, place: str, form: RowFormat, max_turn_bytes: int) ->
     try:
         if not isinstance(value, Mapping):
             raise BadRecord(f"wrong type: the row must be an object, not {kind(value)}")
-        names = [name for name in JUDGEMENTS if value.get(name) is not None]
+        known = JUDGEMENTS if form.columns.kto_tag is None else (form.columns.kto_tag,)
+        names = [name for name in known if value.get(name) is not None]
         if not names:
-            raise BadRecord(f"missing key: the row has no {' or '.join(map(repr, JUDGEMENTS))}, true for a good answer")
+            raise BadRecord(f"missing key: the row has no {' or '.join(map(repr, known))}, true for a good answer")
         good = value[names[0]]
         if not isinstance(good, bool):
             raise BadRecord(f"wrong type: {names[0]!r} must be true or false, not {kind(good)}")
-        rest = {key: item for key, item in value.items() if key not in JUDGEMENTS}
+        rest = {key: item for key, item in value.items() if key not in (*JUDGEMENTS, *known)}
         messages, tools = parse_record(rest, form)
         *prompt, answer = messages
         if answer.role != "assistant":
@@ -86,6 +88,8 @@ def parse_pair(
         (*prompt, last), tools = parse_record(rest, form)
         return prompt, one_answer([last], CHOSEN), one_answer(turns(value[RESPONSE], form, RESPONSE), RESPONSE), tools
     value = ranked_outputs(value, form)
+    names = {form.columns.chosen: CHOSEN, form.columns.rejected: REJECTED}
+    value = {names.get(key, key): item for key, item in value.items()}
     for key in (CHOSEN, REJECTED):
         if value.get(key) is None:
             raise BadRecord(f"missing key: the row has no {key!r}")
@@ -103,12 +107,12 @@ def parse_pair(
 def ranked_outputs(value: Mapping[str, Any], form: RowFormat) -> Mapping[str, Any]:
     """Alpaca's list of two outputs, the better one first, under the names of the others."""
     outputs = value.get(form.columns.response)
-    if value.get(CHOSEN) is not None or not isinstance(outputs, list):
+    if value.get(form.columns.chosen) is not None or not isinstance(outputs, list):
         return value
     if len(outputs) != 2:
         raise BadRecord(f"wrong type: {form.columns.response!r} must be the chosen and the rejected answer")
     rest = {key: item for key, item in value.items() if key != form.columns.response}
-    return {**rest, CHOSEN: outputs[0], REJECTED: outputs[1]}
+    return {**rest, form.columns.chosen: outputs[0], form.columns.rejected: outputs[1]}
 
 
 def parse_prompt(value: Mapping[str, Any], form: RowFormat) -> tuple[list[Message], tuple[Mapping[str, Any], ...]]:

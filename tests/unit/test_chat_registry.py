@@ -173,7 +173,7 @@ def test_num_samples_beyond_the_rows_takes_all_and_some_again(registry: Path) ->
     ("name", "message"),
     [
         ("hub", "is at hf_hub_url somebody/somewhere; download it, and give the place as its file_name"),
-        ("pairs", "has ranking: preference pairs are not for finetuning"),
+        ("pairs", "has ranking: pairs of answers are for"),
         ("pictures", "has a column of images: only text is read"),
         ("pretraining", "columns names no response; it is text for pretraining"),
         ("typo", "has the unknown key 'columnz'; did you mean 'columns'?"),

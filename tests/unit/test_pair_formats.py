@@ -168,6 +168,44 @@ def test_every_row_is_something(tmp_path_factory: pytest.TempPathFactory, rows: 
     assert [row.place for row in found] == [f"{path}:{number}" for number in range(1, len(rows) + 1)]
 
 
+def test_entries_of_a_registry(tmp_path: Path) -> None:
+    """As LLaMA-Factory's dpo_en_demo, a ranking of Alpaca's and its kto_en_demo."""
+    columns = {"messages": "talk", "chosen": "better", "rejected": "worse"}
+    registry = {
+        "sharegpt": {"file_name": "s.jsonl", "ranking": True, "formatting": "sharegpt", "columns": columns},
+        "alpaca": {
+            "file_name": "a.jsonl",
+            "ranking": True,
+            "columns": {"prompt": "q", "chosen": "yes", "rejected": "no"},
+        },
+        "kto": {
+            "file_name": "k.jsonl",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages", "kto_tag": "liked"},
+            "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+        },
+    }
+    rows = {
+        "s": {"talk": [said(U, "q")], "better": said(A, "good"), "worse": said(A, "bad")},
+        "a": {"q": "q", "yes": "good", "no": "bad"},
+        "k": {"messages": [turn(U, "q"), turn(A, "a")], "liked": False},
+    }
+    path = tmp_path / "dataset_info.json"
+    path.write_text(json.dumps(registry))
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    for name in ("sharegpt", "alpaca"):
+        (source,) = open_chat([name], path, LIMIT, row_kind="pair")
+        assert shown(next(source.rows())) == PLAIN
+        with pytest.raises(ValueError, match="has ranking: pairs of answers are for"):
+            open_chat([name], path, LIMIT)
+    (source,) = open_chat(["kto"], path, LIMIT, row_kind="judged")
+    found = next(source.rows())
+    assert isinstance(found, Judged) and found.desirable is False
+    with pytest.raises(ValueError, match="has a column of kto_tag: judged answers are for --loss-type kto"):
+        open_chat(["kto"], path, LIMIT)
+
+
 def test_kinds_of_rows_are_told_apart(tmp_path: Path) -> None:
     """The same bytes read as something else are something else."""
     path = tmp_path / "rows.jsonl"
