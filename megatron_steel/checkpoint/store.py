@@ -206,13 +206,19 @@ def allocate_moments(optimizer: ChainedOptimizer) -> None:
                 inner.state[parameter] = first_state(parameter, where)
 
 
-def add_first_step(optimizer: ChainedOptimizer, loaded: dict[Any, Any]) -> None:
-    """Put a step count of 0, which megatron-core does not save, into the loaded state of a torch AdamW."""
+def complete_state(optimizer: ChainedOptimizer, loaded: dict[Any, Any]) -> None:
+    """Put what megatron-core expects and a checkpoint does not hold into a loaded state.
+
+    That is the step count of 0 of a torch AdamW, and no main weights on a rank that trains nothing.
+    """
     for index, part in enumerate(optimizer.chained_optimizers):
         saved = loaded if len(optimizer.chained_optimizers) == 1 else loaded[index]
         states = saved.get("optimizer", saved).get("state")
         if states and isinstance(part.optimizer, torch.optim.Adam):
             states.setdefault("common_step", torch.tensor(0.0))
+        groups = getattr(part, "fp32_from_float16_groups", None)
+        if groups is not None and not any(groups):
+            saved.setdefault("fp32_from_fp16_params", [])
 
 
 def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, state: TrainState, world: World) -> None:
@@ -225,7 +231,7 @@ def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, s
     sharded["optimizer"] = optimizer_state(model, optimizer, sharded, loading=True)
     loaded = dist_checkpointing.load(sharded, str(checkpoint))
     assign(model, loaded)
-    add_first_step(optimizer, loaded["optimizer"])
+    complete_state(optimizer, loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
     if state.world_size == world.size:
         runtime.set_rng_state(load_file(checkpoint / rng_file(world.rank)))
