@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_steel.checkpoint import files
+from megatron_steel.checkpoint.adapters import model_tensors
 from megatron_steel.checkpoint.converted import (
     GENERATION_FILE,
     THREADS,
@@ -203,16 +204,16 @@ def export_weights(
 def export_hf(checkpoint: Path, folder: Path, shard_bytes: int = SHARD_BYTES, dtype: torch.dtype | None = None) -> None:
     """Write a checkpoint as a Hugging Face folder that loads with nothing but the folder.
 
-    Weights keep their stored precision unless ``dtype`` says another, padding rows are trimmed, tied heads are not
-    written twice, and code for transformers comes along for families it does not know. The folder appears under its
-    name only when it is complete. Raises ``ValueError`` when it already holds something else.
+    Weights keep their stored precision unless ``dtype`` says another, adapters are merged, padding rows are trimmed,
+    tied heads are not written twice, and code for transformers comes along for families it does not know. The folder
+    appears under its name only when it is complete. Raises ``ValueError`` when it already holds something else.
     """
     state = read_state(checkpoint)
     size = from_flat(state.config).size
     size.vocab_size = state.vocab_size
     check_target(folder)
     folder = folder.resolve()
-    weights = StoredTensors(checkpoint)
+    weights = model_tensors(checkpoint, state)
     written = DTYPE_NAMES[dtype or weights.dtype("decoder.final_layernorm.weight")]
     with replaced_when_complete(folder) as temporary:
         parameters = export_weights(weights, temporary, size, dtype, shard_bytes)

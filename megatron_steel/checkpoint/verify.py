@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_steel.checkpoint.dcp_read import StoredTensors
+from megatron_steel.checkpoint.adapters import model_tensors
 from megatron_steel.checkpoint.hf import hf_tensors
 from megatron_steel.checkpoint.hf_folder import HFWeights
 from megatron_steel.checkpoint.state import TOKENIZER_FOLDER, load_tokenizer, read_state
@@ -73,7 +73,7 @@ def different_tensors(checkpoint: Path, folder: Path) -> list[str]:
     size = from_flat(state.config).size
     theirs = HFWeights(folder)
     seen, found = set(), []
-    for name, ours in hf_tensors(StoredTensors(checkpoint), size, state.vocab_size):
+    for name, ours in hf_tensors(model_tensors(checkpoint, state), size, state.vocab_size):
         seen.add(name)
         if name not in theirs.places or theirs.shape(name) != tuple(ours.shape):
             found.append(name)
@@ -101,6 +101,8 @@ def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None)
     check_layers(config)
     config.training.fp8_format = None
     config.memory.recompute_granularity = None
+    if config.lora.lora_rank is not None:
+        config.parallel.transformer_impl = "torch"  # the one backend with adapters
     if bf16 is not None:
         config.training.bf16, config.training.fp16 = bf16, False
     model = build_model(config, state.vocab_size, world, training=False)
