@@ -1,4 +1,4 @@
-"""Training on preferences (DPO and its family, KTO): parse, check, build, run, close.
+"""Training on preferences (DPO and its family, KTO) and rewards (GRPO): parse, check, build, run, close.
 
 Started with ``torchrun --nproc-per-node N -m megatron_steel.preference ...`` or, for one process, ``python -m``.
 Exit codes: 0 finished or stopped cleanly after saving, 2 user error, 1 anything else.

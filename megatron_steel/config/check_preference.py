@@ -17,10 +17,21 @@ OF_LOSSES = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
     "rpo_alpha": (*WITH_REFERENCE, "simpo"),
-    "reference": (*WITH_REFERENCE, "kto"),
-    "reference_checkpoint": (*WITH_REFERENCE, "kto"),
+    "reference": (*WITH_REFERENCE, "kto", "grpo"),
+    "reference_checkpoint": (*WITH_REFERENCE, "kto", "grpo"),
+    "reward": ("grpo",),
+    "grpo_group_size": ("grpo",),
+    "grpo_iterations": ("grpo",),
+    "grpo_clamp_eps_lower": ("grpo",),
+    "grpo_clamp_eps_upper": ("grpo",),
+    "rl_default_temperature": ("grpo",),
+    "max_new_tokens": ("grpo",),
+    "scale_advantages": ("grpo",),
+    "answer_average": ("grpo",),
 }
 # Options of conversations that a preference does not leave open: its last answer is what is trained.
+# And those that sampled answers do not leave open: a row is one prompt, never cut, with one answer.
+SAMPLED_FIXED = ("packing", "truncation", "min_answer_tokens", "train_tokens", "max_untrained")
 CHAT_FIXED = ("train_turns", "train_on_prompt", "mask_history", "train_newline", "loss_weighting")
 
 
@@ -47,7 +58,7 @@ def check_preference(config: Config) -> None:
     for name in CHAT_FIXED:
         if getattr(chat, name) != getattr(type(chat)(), name):
             raise ValueError(f"--{name.replace('_', '-')} is an option of finetuning; {ENTRY} trains the last answer")
-    if not options.beta > 0:
+    if not options.beta > 0 and loss != "grpo":
         raise ValueError(f"--beta must be greater than 0, not {options.beta}")
     if not 0 <= options.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing must be at least 0 and below 0.5, not {options.label_smoothing}")
@@ -69,3 +80,47 @@ def check_preference(config: Config) -> None:
     for name in ("attention_dropout", "hidden_dropout"):
         if getattr(config.size, name):
             raise ValueError(f"--{name.replace('_', '-')} must be 0: {ENTRY} compares log-probabilities")
+    if loss == "grpo":
+        check_group_policy(config)
+
+
+def check_group_policy(config: Config) -> None:
+    """Those of sampling answers and training on their rewards."""
+    options, chat, parallel = config.preference, config.chat, config.parallel
+    if options.reward is None:
+        raise ValueError("--loss-type grpo needs --reward: math, choice, or a function as package.module:function")
+    for name in SAMPLED_FIXED:
+        if getattr(chat, name) != getattr(type(chat)(), name):
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for --loss-type grpo, which samples answers")
+    for name, least in (("grpo_group_size", 2), ("grpo_iterations", 1), ("max_new_tokens", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(options, name)}")
+    if options.max_new_tokens >= config.training.seq_length:
+        raise ValueError(
+            f"--max-new-tokens {options.max_new_tokens} leaves a prompt no room in --seq-length "
+            f"{config.training.seq_length}"
+        )
+    if options.beta < 0 or not options.rl_default_temperature > 0:
+        raise ValueError("--beta must be 0 or more, and --rl-default-temperature greater than 0")
+    if not 0 <= options.grpo_clamp_eps_lower < 1 or options.grpo_clamp_eps_upper < 0:
+        raise ValueError("--grpo-clamp-eps-lower must be at least 0 and below 1, --grpo-clamp-eps-upper 0 or more")
+    for name in ("grpo_clamp_eps_lower", "grpo_clamp_eps_upper"):
+        if name in changed(options) and options.grpo_iterations == 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect on the first step on a batch: give more --grpo-iterations"
+            )
+    if options.reference == "none":
+        raise ValueError("--reference none: for grpo without a reference give --beta 0")
+    if not options.beta and {"reference", "reference_checkpoint"} & set(changed(options)):
+        raise ValueError("--reference and --reference-checkpoint have no effect with --beta 0")
+    if config.size.final_logit_softcapping is not None and options.rl_default_temperature != 1:
+        raise ValueError("--rl-default-temperature must be 1 with --final-logit-softcapping")
+    whole = {
+        "--context-parallel-size 1": parallel.context_parallel_size > 1,
+        "--expert-model-parallel-size 1": parallel.expert_model_parallel_size > 1,
+        "no virtual pipeline stages": parallel.num_layers_per_virtual_pipeline_stage is not None,
+        "no --use-torch-fsdp2": parallel.use_torch_fsdp2,
+    }
+    for wish, wrong in whole.items():
+        if wrong:
+            raise ValueError(f"--loss-type grpo needs {wish}: the model that is trained samples the answers")

@@ -32,6 +32,31 @@ class Texts:
 
 
 @dataclass(kw_only=True, slots=True)
+class Rollouts:
+    """The answers that a model has sampled, one to a row of the micro-batch; K rows in a row answer one prompt.
+
+    Shapes: B rows, S tokens. Rows without an answer (validation) have zeros.
+    """
+
+    advantages_B: torch.Tensor
+    """float32, with a mean of 0 in each group."""
+    rewards_B: torch.Tensor
+    """float32."""
+    deviations_B: torch.Tensor
+    """Standard deviation of the rewards of the row's group, float32."""
+    stopped_B: torch.Tensor
+    """1 for an answer that ended by itself, float32."""
+    counts_B: torch.Tensor
+    """Tokens of the answer, its end included, float32."""
+    old_BS: torch.Tensor | None = None
+    """Log-probability of each label under the policy that sampled, nats, float32; None: the one that is trained."""
+    references_BS: torch.Tensor | None = None
+    """Under the reference; None: not compared."""
+    asked: bool = False
+    """Whether the two last were asked for, which only the last pipeline stage sees."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Batch:
     """One micro-batch. Shapes: B samples of the micro-batch, S tokens of a sample (this context-parallel rank's).
 
@@ -61,6 +86,8 @@ class Batch:
     """Tokens that are no padding; None: not counted."""
     texts: Texts | None = None
     """What losses of whole texts need; None: the loss is one of tokens."""
+    rollouts: Rollouts | None = None
+    """What losses of rewards need."""
 
 
 class Dataset(Protocol):

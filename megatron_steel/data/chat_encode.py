@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_steel.data.chat_formats import BadRow
 from megatron_steel.data.chat_length import LengthPolicy, fit
 from megatron_steel.data.chat_sources import ChatSource
-from megatron_steel.data.chat_store import ChatStore, encode_rows, join, stored
+from megatron_steel.data.chat_store import ChatReport, ChatStore, encode_rows, join, stored
 from megatron_steel.data.pair_store import encode_pairs
 from megatron_steel.text.conversation import Conversation, EncodedChat
 from megatron_steel.text.masks import MaskPolicy, pick_system
@@ -70,9 +70,8 @@ def worker_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def refuse_bad(name: str, store: ChatStore, max_bad_rows: float, max_untrained: float) -> None:
+def refuse_bad(name: str, report: ChatReport, max_bad_rows: float, max_untrained: float) -> None:
     """``ValueError`` when more rows are bad, or leave nothing to train, than these shares allow."""
-    report = store.report
     if report.bad_rows > max_bad_rows * report.rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(report.bad.items()))
         raise ValueError(

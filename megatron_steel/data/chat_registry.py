@@ -34,7 +34,12 @@ OTHER_COLUMNS: Mapping[str, str] = {
     "kto_tag": "judged answers are for --loss-type kto of megatron_steel.preference",
 }
 # Columns of OTHER_COLUMNS that rows of a kind have.
-OF_KIND: Mapping[str, tuple[str, ...]] = {"chat": (), "pair": ("chosen", "rejected"), "judged": ("kto_tag",)}
+OF_KIND: Mapping[str, tuple[str, ...]] = {
+    "chat": (),
+    "pair": ("chosen", "rejected"),
+    "judged": ("kto_tag",),
+    "prompt": (),
+}
 ROLE_TAGS = {
     "user_tag": "user",
     "assistant_tag": "assistant",

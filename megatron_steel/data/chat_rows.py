@@ -11,18 +11,19 @@ from typing import Literal
 
 from megatron_steel.data.chat_formats import BadRow, RowFormat, read_record
 from megatron_steel.data.pair_formats import read_judged, read_pair, row_keys
+from megatron_steel.data.prompt_rows import ANSWER, read_prompt
 from megatron_steel.data.raw_rows import RawRow, raw_rows
-from megatron_steel.text.conversation import Conversation, Judged, Pair
+from megatron_steel.text.conversation import Conversation, Judged, Pair, Prompt
 
-RowKind = Literal["chat", "pair", "judged"]
-ChatRow = Conversation | Pair | Judged
+RowKind = Literal["chat", "pair", "judged", "prompt"]
+ChatRow = Conversation | Pair | Judged | Prompt
 BLANK = "blank line"
 
 
 def read_chat(
     files: Sequence[Path], form: RowFormat, max_turn_bytes: int, row_kind: RowKind = "chat"
 ) -> Iterator[ChatRow | BadRow]:
-    """One conversation, pair or judged answer, or bad row, for every row of the files in order.
+    """One conversation, pair, judged answer or prompt, or bad row, for every row of the files in order.
 
     Places are "FILE:LINE"; rows of tables are counted.
 
@@ -35,7 +36,7 @@ def read_chat(
 def read_row(row: RawRow, form: RowFormat, max_turn_bytes: int, row_kind: RowKind = "chat") -> ChatRow | BadRow:
     """What a row is."""
     if row.error is None:
-        readers = {"chat": read_record, "pair": read_pair, "judged": read_judged}
+        readers = {"chat": read_record, "pair": read_pair, "judged": read_judged, "prompt": read_prompt}
         return readers[row_kind](row.value, row.place, form, max_turn_bytes)
     known = row.error.startswith("malformed JSON:")
     return BadRow(row.place, row.error if known else f"unreadable: {row.error}")
@@ -45,7 +46,7 @@ def chat_values(files: Sequence[Path], form: RowFormat, what: str = "read") -> I
     """The rows of the files before anything is made of them."""
     for path in files:
         try:
-            yield from (row for row in raw_rows([path], row_keys(form), what) if row.error != BLANK)
+            yield from (row for row in raw_rows([path], [*row_keys(form), ANSWER], what) if row.error != BLANK)
         except ValueError as error:
             # Readers name the option of preprocessing.
             hint = "say what the columns are in a dataset_info.json"

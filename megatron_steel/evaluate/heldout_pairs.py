@@ -16,7 +16,7 @@ from megatron_steel.runtime.world import World
 def evaluate_objective(
     model: Model, steps: Iterable[list[Batch]], objective: Objective, world: World
 ) -> dict[str, Any]:
-    """Means over all pairs of a validation loader, under the names of metrics.jsonl; the same on every rank."""
+    """Means over all pairs or answers of a validation loader, named as in metrics.jsonl; the same on every rank."""
     sums = torch.zeros(len(BY_SAMPLE) + len(objective.metric_names), dtype=torch.float64, device=world.device)
     for chunk in model.chunks:
         chunk.eval()
@@ -31,4 +31,4 @@ def evaluate_objective(
     loss, weight, trained, *metrics = sum_over_ranks(world, sums).tolist()
     named = zip(objective.metric_names, metrics, strict=True)
     means = {name: value / max(weight, 1.0) for name, value in named}
-    return {"loss": loss / max(weight, 1.0), **means, "pairs": round(weight), "tokens": int(trained)}
+    return {"loss": loss / max(weight, 1.0), **means, objective.counted: round(weight), "tokens": int(trained)}

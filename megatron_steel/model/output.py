@@ -90,6 +90,8 @@ class OutputLayer(ColumnParallelLinear):
     """Softcap of the logits, for the loss and for generation."""
     chunk: int | None
     """``--cross-entropy-chunk-size``."""
+    temperature: float
+    """Divides the logits in the loss."""
 
     def forward(
         self,
@@ -100,6 +102,9 @@ class OutputLayer(ColumnParallelLinear):
     ) -> tuple[Tensor, Tensor | None]:
         """input_ [S, B, H] (a part of S under sequence parallelism) -> logits [S, B, V], or losses [S, B]; no bias."""
         if labels_SB is not None:
+            if self.temperature != 1:
+                assert self.cap is None
+                input_ = input_ / self.temperature
             table = self.weight if weight is None else weight
             chunk = tokens_at_once(self.chunk, labels_SB.numel(), table.shape[0])
             if chunk < labels_SB.numel():
@@ -126,4 +131,4 @@ def set_output_layer(model: GPTModel, valid_vocab: int, cap: float | None, chunk
     """Make the output layer that megatron-core has built one of ours: parameters, names and hooks stay."""
     layer = model.output_layer
     layer.__class__ = OutputLayer
-    layer.valid_vocab, layer.cap, layer.chunk = valid_vocab, cap, chunk
+    layer.valid_vocab, layer.cap, layer.chunk, layer.temperature = valid_vocab, cap, chunk, 1.0

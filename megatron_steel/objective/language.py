@@ -133,6 +133,8 @@ class Objective(Protocol):
 
     metric_names: tuple[str, ...]
     """What is reported of a step beside the loss: `StepResult.metric_sums` in this order."""
+    counted: str
+    """What a step's loss is the mean over, for reports on held-out data."""
 
     def begin_step(self, model: Model, batches: Sequence[Batch], world: World) -> None:
         """Find out what has to be known of a whole step before it is trained."""
@@ -145,6 +147,7 @@ class NextToken:
     """Training on text: every label counts with its weight."""
 
     metric_names: tuple[str, ...] = ()
+    counted = "labels"
 
     def begin_step(self, model: Model, batches: Sequence[Batch], world: World) -> None:
         """Nothing has to be known."""

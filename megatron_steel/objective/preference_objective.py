@@ -76,6 +76,7 @@ class PreferenceObjective:
     they come with the data, or are 0.
     """
 
+    counted = "pairs"
     metric_names = (
         "rewards/chosen",
         "rewards/rejected",

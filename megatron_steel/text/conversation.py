@@ -58,6 +58,16 @@ class Judged:
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
+class Prompt:
+    """Turns that wait for an answer, and what an answer is compared with."""
+
+    conversation: Conversation
+    answer: Any
+    """A JSON value that is not null."""
+    place: str
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
 class Round:
     """An answer and what stands before it since the answer before: positions in the ids of a conversation."""
 

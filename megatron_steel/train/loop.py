@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
 from megatron_steel.train.replicas import check_replicas
+from megatron_steel.train.rollouts import RolloutLoader, ValidRollouts
 from megatron_steel.train.step import train_step
 
 
@@ -43,14 +44,14 @@ class Session:
     model: Model
     optimizer: ChainedOptimizer
     objective: Objective
-    loader: TrainLoader
+    loader: TrainLoader | RolloutLoader
     source_names: list[str]
     """Sources of the ledger, in its order."""
     loss_sums: Tensor
     """Sums of loss, weights and trained labels of each source since the last report, [sources, 3]."""
     token_sums: Tensor
     """Trained tokens of each source since the run began, [sources] float64."""
-    valid_loaders: dict[str, ValidLoader]
+    valid_loaders: Mapping[str, ValidLoader | ValidRollouts]
     byte_lengths: np.ndarray
     state: TrainState
     recorder: MetricRecorder
@@ -67,32 +68,37 @@ class Session:
 
 
 def take_step(session: Session) -> None:
-    """One optimizer step and its bookkeeping."""
+    """One optimizer step, or with ``--grpo-iterations`` several on the same batch, and its bookkeeping."""
     state, config = session.state, session.config
     batches = session.loader.step(state.consumed_samples)
     size = measure_step(session.world, batches, equal_ranks=session.loader.builder.equal_counts)
     lr = learning_rate(state.iteration, config.optimizer, config.training.train_iters)
-    result = train_step(
-        session.model,
-        session.optimizer,
-        batches,
-        session.objective,
-        size.weight,
-        session.world,
-        lr,
-        config.optimizer.weight_decay,
-        config.optimizer.clip_grad,
-        len(session.source_names),
-    )
+    results = [
+        train_step(
+            session.model,
+            session.optimizer,
+            batches,
+            session.objective,
+            size.weight,
+            session.world,
+            lr,
+            config.optimizer.weight_decay,
+            config.optimizer.clip_grad,
+            len(session.source_names),
+        )
+        for _ in range(config.preference.grpo_iterations)
+    ]
+    result, updated = results[-1], all(result.updated for result in results)
     samples = session.loader.sizes.at(state.consumed_samples)
     state.iteration += 1
     state.consumed_samples += samples
     state.consumed_tokens += size.trained
-    state.skipped_iterations += not result.updated
-    session.loss_sums += result.loss_sums
+    state.skipped_iterations += not updated
+    session.loss_sums += sum(result.loss_sums for result in results)
     session.token_sums += result.loss_sums[:, 2]
-    for name, total in zip(session.objective.metric_names, result.metric_sums, strict=True):
-        session.recorder.record(name, total / size.weight)
+    for number, name in enumerate(session.objective.metric_names):
+        for one in results:
+            session.recorder.record(name, one.metric_sums[number] / size.weight)
     session.recorder.record("grad_norm", result.grad_norm, "last")
     if result.loss_scale is not None:
         session.recorder.record("loss_scale", result.loss_scale, "last")
@@ -104,7 +110,7 @@ def take_step(session: Session) -> None:
     session.recorder.record("global_batch_size", samples, "last")
     if size.read_tokens is not None:
         session.recorder.record("trained_token_share", size.trained / size.read_tokens)
-    session.recorder.record("nan_iterations", int(not result.updated), "sum")
+    session.recorder.record("nan_iterations", int(not updated), "sum")
 
 
 def mean_losses(session: Session) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatron_steel.data.identity import Known
 from megatron_steel.data.order import Ledger
 from megatron_steel.data.phases import Phase, Request, arrange, parse_phases
 from megatron_steel.data.sources import DataSources, TokenizerFacts, open_sources
+from megatron_steel.evaluate.rewards import Reward
 from megatron_steel.metrics.sinks import check_packages
 from megatron_steel.model.backends import check_fp8, choose_backend
 from megatron_steel.model.own_layer import load_layer_function
@@ -77,6 +78,8 @@ class Prepared:
     """The data are pairs or judged answers."""
     reference: Pretrained | None = None
     """What answers are compared with under preferences; None: nothing is needed, or --reference none."""
+    reward: Reward | None = None
+    """What answers earn that the model samples; None: the data hold the answers."""
     tokens_per_sample: float | None = None
     """Tokens of a sample without padding, on average; None: seq_length."""
 

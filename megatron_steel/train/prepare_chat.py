@@ -22,6 +22,7 @@ from megatron_steel.data.chat_sources import ChatSource, open_chat
 from megatron_steel.data.order import Ledger, SourceSpec
 from megatron_steel.data.pair_dataset import PairDataset
 from megatron_steel.data.phases import Request, arrange
+from megatron_steel.data.prompt_dataset import PromptDataset
 from megatron_steel.data.sources import parse_valid_data_path
 from megatron_steel.optim.schedule import schedule_identity
 from megatron_steel.text.masks import MaskPolicy
@@ -43,7 +44,7 @@ from megatron_steel.train.pretrained import Pretrained, adopt_sizes, choose_toke
 Rules = Callable[[Config], None]
 OpenRows = Callable[[Sequence[str], Path | None, int, str], list[ChatSource]]
 """`open_chat`, for one kind of rows."""
-RowDataset = ChatDataset | PairDataset
+RowDataset = ChatDataset | PairDataset | PromptDataset
 BuildDataset = Callable[[Config, str, ChatSource, ChatEncoder, list[str], bool], RowDataset]
 """From name, source and encoder to what is read; adds lines for the log; the last says whether it is trained on."""
 # Stands for the length of the run until the data has told it; every rule about schedules is checked again then.
@@ -142,7 +143,7 @@ def build_dataset(
     """Encode a source, or find it encoded, and lay its rows."""
     chat = config.chat
     store = encode_source(source, encoder, store_folder(config), worker_count())
-    refuse_bad(name, store, chat.max_bad_rows, chat.max_untrained)
+    refuse_bad(name, store.report, chat.max_bad_rows, chat.max_untrained)
     notes += store.report.lines(name)
     return ChatDataset(
         name,

@@ -6,12 +6,15 @@ from dataclasses import fields
 from functools import partial
 
 from megatron_steel.config.check_chat import check_chat
-from megatron_steel.config.check_preference import NO_REFERENCE, check_preference
+from megatron_steel.config.check_preference import ENTRY, NO_REFERENCE, check_preference
+from megatron_steel.config.check_score import refuse_score
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.data.chat_encode import ChatEncoder, encode_pair_source, refuse_bad, worker_count
 from megatron_steel.data.chat_rows import RowKind
 from megatron_steel.data.chat_sources import ChatSource, open_chat
 from megatron_steel.data.pair_dataset import PairDataset
+from megatron_steel.data.prompt_dataset import PromptDataset, encode_prompts
+from megatron_steel.evaluate.rewards import RULES, load_reward
 from megatron_steel.train.prepare import FREE, Prepared
 from megatron_steel.train.prepare_chat import prepare_rows, store_folder
 from megatron_steel.train.pretrained import Pretrained, open_pretrained
@@ -19,6 +22,7 @@ from megatron_steel.train.pretrained import Pretrained, open_pretrained
 
 def rules(config: Config) -> None:
     """Those of conversations and of preferences."""
+    refuse_score(config, ENTRY)
     check_chat(config)
     check_preference(config)
 
@@ -28,15 +32,44 @@ def build_pairs(
 ) -> PairDataset:
     """Encode a source of pairs or judged answers, or find it encoded, and lay its rows."""
     store = encode_pair_source(source, encoder, store_folder(config), worker_count())
-    refuse_bad(name, store, config.chat.max_bad_rows, config.chat.max_untrained)
+    refuse_bad(name, store.report, config.chat.max_bad_rows, config.chat.max_untrained)
     notes += store.report.lines(name)
     return PairDataset(
         name, store, encoder.store_name(source), config.training.seq_length, config.chat.packing, store.desirable
     )
 
 
+def build_prompts(
+    config: Config, name: str, source: ChatSource, encoder: ChatEncoder, notes: list[str], training: bool
+) -> PromptDataset:
+    """Encode a source of prompts."""
+    options, length = config.preference, config.training.seq_length
+    prompts, report = encode_prompts(source.rows(), encoder, length - options.max_new_tokens, worker_count())
+    refuse_bad(name, report, config.chat.max_bad_rows, config.chat.max_untrained)
+    notes.append(f"{name}: {report.rows:,} rows, {report.kept:,} prompts of {report.tokens:,} tokens")
+    content = encoder.store_name(source)
+    return PromptDataset(name, prompts, content, length, options.max_new_tokens, options.grpo_group_size)
+
+
+def prepare_rewards(config: Config) -> Prepared:
+    """The same for a run that samples its answers."""
+    reward = load_reward(str(config.preference.reward))
+    prepared = prepare_rows(config, rules, partial(open_chat, row_kind="prompt"), build_prompts)
+    prepared.reward = reward
+    for dataset in [*prepared.datasets.values(), *prepared.valid_sets.values()]:
+        assert isinstance(dataset, PromptDataset)
+        # An answer that a rule cannot read stops the run here, not when its prompt is drawn.
+        for _, answer in dataset.prompts if config.preference.reward in RULES else ():
+            reward("", answer)
+    if config.preference.beta:
+        prepared.reference = open_reference(prepared)
+    return prepared
+
+
 def prepare_preference(config: Config) -> Prepared:
     """Check and open everything a run on preferences needs; raises ``ValueError`` like prepare_chat.py."""
+    if config.preference.loss_type == "grpo":
+        return prepare_rewards(config)
     kind: RowKind = "judged" if config.preference.loss_type == "kto" else "pair"
     prepared = prepare_rows(config, rules, partial(open_chat, row_kind=kind), build_pairs)
     prepared.preferences = True

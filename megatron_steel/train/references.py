@@ -21,6 +21,7 @@ from megatron_steel.data.loader import BatchLayout
 from megatron_steel.data.pair_dataset import PairDataset
 from megatron_steel.evaluate.text_logps import score_texts
 from megatron_steel.model.build import Model, build_model
+from megatron_steel.objective.grpo_objective import GroupPolicyObjective
 from megatron_steel.objective.preference_objective import JudgedObjective, PreferenceObjective
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.world import World
@@ -107,9 +108,13 @@ def live_model(prepared: Prepared, world: World) -> Model:
 
 def preference_objective(
     prepared: Prepared, model: Model, world: World, layout: BatchLayout, builder: Builder
-) -> PreferenceObjective:
-    """The objective of a run on preferences, with what it compares answers with."""
+) -> PreferenceObjective | GroupPolicyObjective:
+    """The objective of a run on preferences or rewards, with what it compares answers with."""
     options, live = prepared.config.preference, None
+    if prepared.reward is not None:
+        if prepared.reference is not None:
+            live = model if options.reference == "lora-base" else live_model(prepared, world)
+        return GroupPolicyObjective(options, world, live)
     if prepared.reference is not None and options.reference == "precomputed":
         lines = precompute(prepared, model, world, layout, builder, store_folder(prepared.config))
         if world.rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from megatron_steel.metrics.sinks import Sinks, open_sinks
 from megatron_steel.metrics.throughput import Throughput
 from megatron_steel.model.build import Model, build_model
 from megatron_steel.model.fully_sharded import held_elements
-from megatron_steel.objective.language import NextToken
+from megatron_steel.objective.language import NextToken, Objective
 from megatron_steel.optim.optimizer import build_optimizer
 from megatron_steel.plan.estimate import flops_per_token
 from megatron_steel.runtime import device
@@ -40,6 +41,7 @@ from megatron_steel.train.prepare import Prepared
 from megatron_steel.train.pretrained import Pretrained
 from megatron_steel.train.references import load_weights, preference_objective
 from megatron_steel.train.replicas import ReplicaError
+from megatron_steel.train.rollouts import RolloutLoader, ValidRollouts, open_rollouts
 
 
 def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
@@ -111,7 +113,7 @@ def chat_builder(prepared: Prepared, world: World) -> ChatBatchBuilder:
     chunks = 2 * world.context_size if world.context_size > 1 else 1
     return ChatBatchBuilder(
         seq_length=config.training.seq_length,
-        packing=config.chat.packing,
+        packing=config.chat.packing and prepared.reward is None,
         planes=len(PAIR_PLANES if prepared.preferences else PLANES),
         group=world.sample_group,
         device=world.device,
@@ -140,6 +142,19 @@ def build_throughput(prepared: Prepared, world: World) -> Throughput:
     )
 
 
+def open_loaders(
+    prepared: Prepared, model: Model, world: World, layout: BatchLayout, builder: Builder
+) -> tuple[TrainLoader | RolloutLoader, Mapping[str, ValidLoader | ValidRollouts]]:
+    """Where batches come from: read, or sampled from the model that is trained."""
+    config = prepared.config
+    samples = config.logging.eval_iters * (config.training.global_batch_size or 1)
+    if prepared.reward is not None:
+        return open_rollouts(prepared, model, world, layout, builder, samples)
+    first, sizes = prepared.state.consumed_samples, batch_sizes(config.training)
+    valid = {name: ValidLoader(dataset, layout, builder, samples) for name, dataset in prepared.valid_sets.items()}
+    return TrainLoader(prepared.ledger, prepared.datasets, layout, builder, first, sizes), valid
+
+
 def build_session(prepared: Prepared, world: World, stop_request: StopRequest, started: float) -> Session:
     """Build model, optimizer, loaders and sinks, and load the checkpoint."""
     config, state = prepared.config, prepared.state
@@ -147,7 +162,9 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
     optimizer = build_optimizer(config, model)
     layout, builder = deal_batches(prepared, world)
     # Before the run's own weights: the reference's are in the model meanwhile.
-    objective = preference_objective(prepared, model, world, layout, builder) if prepared.preferences else NextToken()
+    objective: Objective = NextToken()
+    if prepared.preferences or prepared.reward is not None:
+        objective = preference_objective(prepared, model, world, layout, builder)
     if prepared.checkpoint is not None and not prepared.weights_only:
         store.load_training(prepared.checkpoint, model, optimizer, state, world)
     elif (origin := Pretrained.of(prepared.checkpoint, prepared.hf_folder)) is not None:
@@ -155,7 +172,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         optimizer.reload_model_params()
     if world.rank == 0:
         print("\n".join(describe(prepared, model, world)), flush=True)
-    samples = config.logging.eval_iters * (config.training.global_batch_size or 1)
+    loader, valid_loaders = open_loaders(prepared, model, world, layout, builder)
     sources = prepared.ledger.sources
     # The order of a ledger's sources never changes, their names may; new ones come last.
     tokens_before = [*state.consumed_tokens_by_source.values(), *[0] * len(sources)][: len(sources)]
@@ -165,15 +182,11 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         model=model,
         optimizer=optimizer,
         objective=objective,
-        loader=TrainLoader(
-            prepared.ledger, prepared.datasets, layout, builder, state.consumed_samples, batch_sizes(config.training)
-        ),
+        loader=loader,
         source_names=[source.name for source in sources],
         loss_sums=torch.zeros(len(sources), 3, dtype=torch.float64, device=world.device),
         token_sums=torch.tensor(tokens_before, dtype=torch.float64, device=world.device),
-        valid_loaders={
-            name: ValidLoader(dataset, layout, builder, samples) for name, dataset in prepared.valid_sets.items()
-        },
+        valid_loaders=valid_loaders,
         byte_lengths=prepared.tokenizer.byte_lengths(),
         state=state,
         recorder=MetricRecorder(device=world.device),

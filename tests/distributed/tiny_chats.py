@@ -69,6 +69,22 @@ def write_pairs(path: Path, rows: int, seed: int = 0, judged: bool = False) -> s
     return str(path)
 
 
+def write_prompts(path: Path, rows: int, seed: int = 0) -> str:
+    """Prompts of several lengths, as text or turns, with a number as the answer; returns the path."""
+    rng, lines = random.Random(seed), []
+    for number in range(rows):
+        text = " ".join(rng.choices(WORDS, k=rng.randint(1, 5)))
+        turns = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+        lines.append(json.dumps({"prompt": text if number % 2 else turns, "answer": number}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def fickle_reward(response: str, answer: int) -> float:
+    """Another number for nearly every other response: what was sampled is seen in it."""
+    return (sum(response.encode()) + 7 * answer) % 11 / 10
+
+
 def chat_options(model: str, data: str, **changes: Any) -> dict[str, Any]:
     """Flat options of a finetune."""
     return {

@@ -30,6 +30,29 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"reference": "lora-base", "lora_rank": 4, "reference_checkpoint": "base"}, "leave out --reference-checkpoint"),
     ({"hidden_dropout": 0.1}, "--hidden-dropout must be 0"),
     ({"train_turns": "first"}, "--train-turns is an option of finetuning"),
+    ({"loss_type": "grpo"}, "--loss-type grpo needs --reward: math, choice"),
+]
+GRPO = {"loss_type": "grpo", "reward": "math"}
+FAULTS += [
+    ({**GRPO, **values}, message)
+    for values, message in (
+        ({"packing": False}, "--packing has no meaning for --loss-type grpo"),
+        ({"truncation": "keep_eos"}, "--truncation has no meaning for --loss-type grpo"),
+        ({"grpo_group_size": 1}, "--grpo-group-size must be 2 or more, not 1"),
+        ({"grpo_iterations": 0}, "--grpo-iterations must be 1 or more, not 0"),
+        ({"max_new_tokens": 64, "seq_length": 64}, "--max-new-tokens 64 leaves a prompt no room in --seq-length 64"),
+        ({"beta": -0.1}, "--beta must be 0 or more"),
+        ({"rl_default_temperature": 0.0}, "--rl-default-temperature greater than 0"),
+        ({"rl_default_temperature": 0.5, "final_logit_softcapping": 30.0}, "must be 1 with --final-logit-softcapping"),
+        ({"grpo_iterations": 2, "grpo_clamp_eps_lower": 1.0}, "--grpo-clamp-eps-lower must be at least 0 and below 1"),
+        ({"grpo_clamp_eps_upper": 0.3}, "--grpo-clamp-eps-upper has no effect on the first step on a batch"),
+        ({"reference": "none"}, "for grpo without a reference give --beta 0"),
+        ({"beta": 0.0, "reference_checkpoint": "base"}, "have no effect with --beta 0"),
+        ({"context_parallel_size": 2}, "--loss-type grpo needs --context-parallel-size 1"),
+        ({"expert_model_parallel_size": 2}, "--loss-type grpo needs --expert-model-parallel-size 1"),
+        ({"num_layers_per_virtual_pipeline_stage": 1}, "--loss-type grpo needs no virtual pipeline stages"),
+        ({"use_torch_fsdp2": True}, "--loss-type grpo needs no --use-torch-fsdp2"),
+    )
 ]
 
 
@@ -48,6 +71,15 @@ CHANGED: dict[str, Any] = {
     "rpo_alpha": 0.5,
     "reference": "live",
     "reference_checkpoint": "base",
+    "reward": "choice",
+    "grpo_group_size": 4,
+    "grpo_iterations": 3,
+    "grpo_clamp_eps_lower": 0.1,
+    "grpo_clamp_eps_upper": 0.3,
+    "rl_default_temperature": 0.7,
+    "max_new_tokens": 32,
+    "scale_advantages": False,
+    "answer_average": "token",
 }
 # What the formulas of tests/unit/test_preference_losses.py have in them.
 MEANT: dict[str, set[str]] = {
@@ -59,15 +91,18 @@ MEANT: dict[str, set[str]] = {
     "orpo": set(),
     "simpo": {"simpo_gamma", "rpo_alpha"},
     "kto": {"desirable_weight", "undesirable_weight", "reference", "reference_checkpoint"},
+    "grpo": {name for name in CHANGED if name in ("reward", "max_new_tokens", "scale_advantages", "answer_average")}
+    | {name for name in CHANGED if name.startswith(("grpo_", "rl_", "reference"))},
 }
 
 
 @pytest.mark.parametrize("loss", get_args(LossType))
 def test_a_loss_has_its_own_options_only(loss: str) -> None:
     assert set(CHANGED) == set(OF_LOSSES)
-    check_preference(build(loss_type=loss))
+    base = {"reward": "math", "grpo_iterations": 2} if loss == "grpo" else {}
+    check_preference(build(loss_type=loss, **base))
     for name, value in CHANGED.items():
-        config = build(loss_type=loss, **{name: value})
+        config = build(**{"loss_type": loss, **base, name: value})
         if name in MEANT[loss]:
             check_preference(config)
         else:
