@@ -38,6 +38,7 @@ from megatron_steel.checkpoint.safetensors_file import Planned
 from megatron_steel.checkpoint.state import TOKENIZER_FOLDER, TrainState, read_state
 from megatron_steel.config.check import padded_vocab_size
 from megatron_steel.config.families import FAMILIES
+from megatron_steel.config.family import tied
 from megatron_steel.config.hf_sizes import hf_from_sizes, read_sizes
 from megatron_steel.config.load import apply, from_flat
 from megatron_steel.config.schema import Config, ModelConfig
@@ -47,20 +48,20 @@ SHARD_BYTES = 5_000_000_000
 CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 
 # {name}
 
-A {family} language model with {parameters:,} parameters in {dtype} ({layers} layers, hidden size {hidden},
+A {family} {kind} with {parameters:,} parameters in {dtype} ({layers} layers, hidden size {hidden},
 vocabulary {vocab:,}, up to {positions:,} tokens), written by megatron_steel.
 
 {training}
 
 ```python
-from transformers import AutoModelForCausalLM{tokenizer_import}
+from transformers import {loader}{tokenizer_import}
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+model = {loader}.from_pretrained("{name}", dtype="auto")
 {tokenizer_line}```
 """
 
@@ -103,8 +104,8 @@ def check_tensors(source: Source, size: ModelConfig) -> None:
         for name, wanted in zip(piece.theirs, piece.shapes, strict=True):
             if (found := source.shape(name)) != wanted:
                 raise ValueError(f"{source.folder}: {name} is {found}, the sizes in config.json make it {wanted}")
-    tied_head = set() if size.untie_embeddings_and_output_weights else {"lm_head.weight"}
-    if left := source.unused(used | tied_head, FAMILIES[size.model_family].ignore):
+    own_head = {"lm_head.weight"} if tied(size) else set()
+    if left := source.unused(used | own_head, FAMILIES[size.model_family].ignore):
         raise ValueError(f"{source.folder}: tensors this family does not have: {', '.join(left[:3])}")
 
 
@@ -262,8 +263,14 @@ def model_card(name: str, state: TrainState, size: ModelConfig, parameters: int,
     trained = "Converted without training."
     if state.iteration:
         trained = f"Trained for {state.iteration:,} steps on {state.consumed_tokens:,} tokens."
+    use = ("text-generation", "language model", "AutoModelForCausalLM")
+    if size.score_head:
+        use = ("text-classification", "reward model", "AutoModelForSequenceClassification")
     return CARD.format(
         name=name,
+        task=use[0],
+        kind=use[1],
+        loader=use[2],
         family=FAMILIES[size.model_family].architecture.removesuffix("ForCausalLM"),
         parameters=parameters,
         dtype=dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from megatron_steel.checkpoint.hf import check_tensors
+from megatron_steel.checkpoint.hf import check_tensors, read_hf_config
 from megatron_steel.checkpoint.hf_folder import HFWeights
 from megatron_steel.checkpoint.hf_map import Piece, pieces, to_ours
 from megatron_steel.checkpoint.store import model_state
@@ -42,10 +43,12 @@ def held_shards(model: Model) -> Iterator[tuple[Place, ShardedTensor]]:
 def load_hf(folder: Path, model: Model, size: ModelConfig) -> set[str]:
     """Fill the model's weights from a Hugging Face folder, in the model's precision.
 
-    Returns the keys of tensors that no such folder has (adapters). Raises ``ValueError`` as :func:`open_weights`.
+    Returns the keys of tensors that the folder does not have: adapters, and the score of a reward model that begins
+    from a language model. Raises ``ValueError`` as :func:`open_weights`.
     """
-    source = open_weights(folder, size)
-    wanted = {(piece.key, piece.index): piece for piece in pieces(size)}
+    theirs = replace(size, score_head=read_hf_config(folder).size.score_head)
+    source = open_weights(folder, theirs)
+    wanted = {(piece.key, piece.index): piece for piece in pieces(theirs)}
     own: set[str] = set()
     last: tuple[Piece, Tensor] | None = None
     for place, shard in held_shards(model):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_steel.config.families import FAMILIES
+from megatron_steel.config.family import HEAD, expert_count, group_count, head_width, shapes, stacked
 from megatron_steel.config.family import Tensor as Declared
-from megatron_steel.config.family import expert_count, group_count, head_width, shapes, stacked
 from megatron_steel.config.schema import ModelConfig
 
 
@@ -45,7 +45,7 @@ def pieces(size: ModelConfig) -> Iterator[Piece]:
     if size.decoder_layer is not None:
         raise ValueError(f"--decoder-layer {size.decoder_layer}: your own layer has no names in Hugging Face's format")
     family = FAMILIES[size.model_family]
-    for tensor in family.tensors:
+    for tensor in (*family.tensors, HEAD):
         if not tensor.when(size):
             continue
         by_layer, by_expert = (

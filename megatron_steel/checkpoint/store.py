@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_steel.checkpoint import files
 from megatron_steel.checkpoint.dcp_read import StoredTensors
 from megatron_steel.checkpoint.state import STATE_FILE, TrainState
+from megatron_steel.config.family import SCORE
 from megatron_steel.model.build import Model
 from megatron_steel.model.fully_sharded import like_parameters
 from megatron_steel.model.lora import ADAPTERS, reset_magnitudes
@@ -172,18 +173,24 @@ def rng_file(rank: int) -> str:
 def load_weights(checkpoint: Path, model: Model) -> None:
     """Fill the model's weights from a checkpoint of any layout.
 
-    Adapters that the checkpoint does not have begin anew on its weights. ``ValueError`` when it has some and the model
-    has none: it would be another model without them.
+    Adapters that the checkpoint does not have begin anew on its weights, and so does the score of a reward model.
+    ``ValueError`` when it has adapters and the model has none: it would be another model without them.
     """
     wanted = model_state(model)
-    has = any(ADAPTERS in key for key in StoredTensors(checkpoint).tensors)
+    stored = StoredTensors(checkpoint).tensors
+    has = any(ADAPTERS in key for key in stored)
     wants = any(ADAPTERS in key for state in wanted.values() for key in state)
     if has and not wants and model.language_models()[0].decoder.layers:
         raise ValueError(f"{checkpoint} holds adapters; merge them first (tools/convert_hf.py export, then import)")
     begins = wants and not has
-    if begins:
-        wanted = {name: {k: v for k, v in state.items() if ADAPTERS not in k} for name, state in wanted.items()}
-    assign(model, dist_checkpointing.load(wanted, str(checkpoint)), begins)
+    anew = {
+        key
+        for state in wanted.values()
+        for key in state
+        if (begins and ADAPTERS in key) or (key == SCORE and key not in stored)
+    }
+    wanted = {name: {k: v for k, v in state.items() if k not in anew} for name, state in wanted.items()}
+    assign(model, dist_checkpointing.load(wanted, str(checkpoint)), anew)
     if begins:
         reset_magnitudes(model.chunks)
 
@@ -237,9 +244,9 @@ def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, s
         runtime.set_rng_state(load_file(checkpoint / rng_file(world.rank)))
 
 
-def assign(model: Model, loaded: dict[str, Any], but_adapters: bool = False) -> None:
-    """Load each chunk's state dictionary; every weight must be there, except adapters where that is said."""
+def assign(model: Model, loaded: dict[str, Any], anew: Collection[str] = ()) -> None:
+    """Load each chunk's state dictionary; every weight must be there, except those that begin ``anew``."""
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
         missing, unexpected = module.load_state_dict(like_parameters(module, loaded[name]), strict=False)
-        lacking = [key for key in missing if not key.endswith(EXTRA_STATE) and not (but_adapters and ADAPTERS in key)]
+        lacking = [key for key in missing if not key.endswith(EXTRA_STATE) and key not in anew]
         assert not unexpected and not lacking, (lacking, unexpected)

@@ -19,6 +19,7 @@ from megatron_steel.checkpoint.state import TOKENIZER_FOLDER, load_tokenizer, re
 from megatron_steel.checkpoint.store import load_weights
 from megatron_steel.config.check import check_heads, check_layers
 from megatron_steel.config.families import FAMILIES
+from megatron_steel.config.family import tied
 from megatron_steel.config.load import from_flat
 from megatron_steel.config.schema import Config, ParallelConfig
 from megatron_steel.model.build import Model, build_model
@@ -81,19 +82,23 @@ def different_tensors(checkpoint: Path, folder: Path) -> list[str]:
         other = theirs.get(name)
         if other.dtype != ours.dtype or not torch.equal(other.view(torch.uint8), ours.view(torch.uint8)):
             found.append(name)
-    tied_head = set() if size.untie_embeddings_and_output_weights else {"lm_head.weight"}
-    return found + theirs.unused(seen | tied_head, FAMILIES[size.model_family].ignore)
+    own_head = {"lm_head.weight"} if tied(size) else set()
+    return found + theirs.unused(seen | own_head, FAMILIES[size.model_family].ignore)
 
 
-def load_for_inference(checkpoint: Path, world: World, bf16: bool | None = None) -> tuple[Model, Config]:
+def load_for_inference(
+    checkpoint: Path, world: World, bf16: bool | None = None, scores: bool = False
+) -> tuple[Model, Config]:
     """The model of a checkpoint on the layout of ``world``, in evaluation mode, with its options.
 
     ``bf16`` overrides the precision it was trained in (fp32 when False); FP8, which takes only some numbers of tokens,
     becomes bf16. The layer backend is this machine's best, whatever wrote the checkpoint. Raises ``ValueError`` when
-    the model cannot be split like that.
+    the model cannot be split like that, or for a reward model where ``scores`` are of no use.
     """
     state = read_state(checkpoint)
     config = from_flat(state.config)
+    if config.size.score_head and not scores:
+        raise ValueError(f"{checkpoint} is a reward model, which gives texts a score; give a language model")
     config.parallel = ParallelConfig(
         tensor_model_parallel_size=world.tensor_size, pipeline_model_parallel_size=world.pipeline_size
     )
@@ -134,28 +139,34 @@ def compare_with_hf(
     ``texts`` are rows of token ids [1, S]; sample texts when left out. ``trust_remote_code`` lets ``transformers`` run
     the code in the folder. Raises ``ValueError`` when the folder does not load with ``transformers``.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     different = different_tensors(checkpoint, folder)
-    model, _ = load_for_inference(checkpoint, world, bf16=False)
+    model, config = load_for_inference(checkpoint, world, bf16=False, scores=True)
+    kind = AutoModelForSequenceClassification if config.size.score_head else AutoModelForCausalLM
     try:
-        theirs = AutoModelForCausalLM.from_pretrained(
+        theirs = kind.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
         ).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"--hf {folder}: transformers cannot load it: {error}") from error
+    if config.size.score_head:
+        # Or the random ids would be padding from some of them on.
+        theirs.config.pad_token_id = None
     differences, sizes, agreeing, count = [], [], 0, 0
     for ids in texts if texts is not None else sample_ids(checkpoint, model.vocab_size):
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
         ours = model.language_models()[0](ids.to(world.device), positions.to(world.device), None)
         ours_SV = ours[0, :, : model.vocab_size].float().cpu()
         theirs_SV = theirs(ids).logits[0]
+        if config.size.score_head:
+            ours_SV, theirs_SV = ours[:, -1:].float().cpu(), theirs_SV.unsqueeze(0)
         differences.append((ours_SV - theirs_SV).abs().max())
         sizes.append(theirs_SV.abs().max())
         agreeing += int((ours_SV.argmax(-1) == theirs_SV.argmax(-1)).sum())
-        count += ids.shape[1]
+        count += theirs_SV.shape[0]
     # Unlike Python's max, torch's lets a NaN through, which is never within the tolerance.
     return Comparison(
         max_difference=torch.stack(differences).max().item(),

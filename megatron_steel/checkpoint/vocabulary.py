@@ -22,7 +22,7 @@ from megatron_steel.text.tokenizer import Tokenizer
 
 Method = Literal["mean", "sub-pieces", "random"]
 METHODS: tuple[Method, ...] = ("mean", "sub-pieces", "random")
-MODEL = ("embedding.", "decoder.", "output_layer.")
+MODEL = ("embedding.", "decoder.", "output_layer.", "score.")
 
 
 def extended_rows(

@@ -17,6 +17,7 @@ from megatron_steel.config.check_lora import check_lora
 from megatron_steel.config.check_memory import check_memory
 from megatron_steel.config.check_precision import check_precision, precision_notes
 from megatron_steel.config.check_rope import check_rope, rope_without_effect
+from megatron_steel.config.check_score import check_score
 from megatron_steel.config.check_soft_mixture import check_soft_mixture
 from megatron_steel.config.families import FAMILIES
 from megatron_steel.config.family import ANY, SWITCHES, group_count, head_width
@@ -55,6 +56,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_context(config)
     check_checkpoint(config)
     check_lora(config)
+    check_score(config)
     return settings_without_effect(config, world_size)
 
 

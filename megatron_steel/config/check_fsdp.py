@@ -25,6 +25,7 @@ ALONE: dict[str, Any] = {
     "ffn_type": "dense",
     "mlp_type": "swiglu",
     "decoder_layer": None,
+    "score_head": False,  # a weight of one row
 }
 
 

@@ -40,8 +40,13 @@ def every(size: ModelConfig, layer: int) -> bool:
 
 
 def untied(size: ModelConfig) -> bool:
-    """Whether the output layer has a weight of its own."""
-    return size.untie_embeddings_and_output_weights
+    """Whether there are logits, from an output layer with a weight of its own."""
+    return size.untie_embeddings_and_output_weights and not size.score_head
+
+
+def tied(size: ModelConfig) -> bool:
+    """Whether there are logits, from the embedding's weight."""
+    return not size.untie_embeddings_and_output_weights and not size.score_head
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Tensor:
     def sources(self) -> tuple[str, ...]:
         """``theirs`` as a tuple."""
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+
+# Of reward models of all families; the weight has one name in the model, in checkpoints and in Hugging Face folders.
+SCORE = "score.weight"
+HEAD = Tensor(SCORE, SCORE, "1 H", when=lambda size: size.score_head)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,8 @@ class Family:
     ignore: patterns of tensors that old files hold and nobody needs. modeling: name of the code written beside the
     weights for a family transformers does not have. dimensions: symbols of its own for shapes. plain_heads: one key
     head per query head, all of them together as wide as the model. wide_feed_forward: it is always four times as wide
-    as the model. base_prefix: what names of tensors begin with, except in old files.
+    as the model. base_prefix: what names of tensors begin with, except in old files. scorer: transformers' class of
+    sequence classification, where its name is not that of ``architecture`` with another end.
     """
 
     name: str
@@ -119,6 +130,14 @@ class Family:
     plain_heads: bool = False
     wide_feed_forward: bool = False
     base_prefix: str = ""
+    scorer: str | None = None
+
+    @property
+    def scoring_architecture(self) -> str | None:
+        """transformers' class for the family with one number as output; None where it has none."""
+        if self.modeling is not None:
+            return None
+        return self.scorer or self.architecture.replace("ForCausalLM", "ForSequenceClassification")
 
 
 def group_count(size: ModelConfig) -> int:

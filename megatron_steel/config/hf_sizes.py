@@ -12,6 +12,8 @@ from typing import Any
 from megatron_steel.config.families import FAMILIES, detect
 from megatron_steel.config.schema import ModelConfig
 
+CLASSIFIER = "ForSequenceClassification"
+
 
 def read_sizes(path: Path) -> dict[str, Any]:
     """Flags for a ``config.json``; ``ValueError`` names the file when it cannot be read or is not supported."""
@@ -34,7 +36,28 @@ def sizes_from_hf(hf: dict[str, Any], origin: str) -> dict[str, Any]:
     for name, values in family.accepts.items():
         if name in hf and hf[name] not in values:
             raise ValueError(f"{origin}: {name} {hf[name]!r} is not supported for {family.name}")
-    return {"model_family": family.name, **sizes, **family.read(hf, origin)}
+    return {"model_family": family.name, **sizes, **family.read(hf, origin), "score_head": read_score(hf, origin)}
+
+
+def read_score(hf: dict[str, Any], origin: str) -> bool:
+    """Whether a configuration is that of a reward model; ``ValueError`` for a classifier into several classes."""
+    if not any(str(name).endswith(CLASSIFIER) for name in hf.get("architectures") or ()):
+        return False
+    # What transformers takes an absent list of labels for.
+    labels = hf.get("num_labels", len(hf.get("id2label") or ("no", "yes")))
+    if labels != 1:
+        raise ValueError(f"{origin}: a classifier with {labels} labels is not supported, only a score (one label)")
+    return True
+
+
+def write_score(size: ModelConfig) -> dict[str, Any]:
+    """The keys of a reward model, none for a language model."""
+    if not size.score_head:
+        return {}
+    architecture = FAMILIES[size.model_family].scoring_architecture
+    assert architecture is not None
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {"architectures": [architecture], "num_labels": 1, **labels}
 
 
 def hf_from_sizes(model: ModelConfig, vocab_size: int, token_ids: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -52,6 +75,7 @@ def hf_from_sizes(model: ModelConfig, vocab_size: int, token_ids: dict[str, Any]
         "dtype": dtype,
         "torch_dtype": dtype,
         **family.write(model),
+        **write_score(model),
         "vocab_size": vocab_size,
         **token_ids,
     }

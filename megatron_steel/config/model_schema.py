@@ -190,6 +190,8 @@ class ModelConfig(PositionSizes, AttentionSizes, FeedForwardSizes):
     """Attention and feed-forward read the same input (GPT-NeoX)."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer its own weight instead of the embedding's."""
+    score_head: bool = False
+    """One number per token as output instead of logits (a reward model)."""
     embedding_scale: bool = False
     """Multiply embeddings by the root of hidden_size (Gemma)."""
     stable_embedding: bool = False

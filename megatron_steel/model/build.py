@@ -13,10 +13,12 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
 from megatron_steel.config.check_precision import compute_type
+from megatron_steel.config.family import tied
 from megatron_steel.config.rope import longest_sequence
 from megatron_steel.config.schema import Config
 from megatron_steel.model.backends import build_provider, choose_backend
@@ -28,6 +30,7 @@ from megatron_steel.model.lora import add_adapters, reset_magnitudes
 from megatron_steel.model.moe import mark_experts
 from megatron_steel.model.output import set_output_layer
 from megatron_steel.model.rope import add_rotary_table
+from megatron_steel.model.score import set_score_layer
 from megatron_steel.model.spec import layer_spec
 from megatron_steel.model.trained import choose_trained
 from megatron_steel.runtime.world import World
@@ -62,6 +65,25 @@ class LanguageModel(GPTModel):
         losses_SB, _ = self.output_layer(hidden_states, weight=tied, labels_SB=labels.transpose(0, 1))
         # Not a view: a fully sharded model hangs the start of its backward pass on what it returns.
         return losses_SB.transpose(0, 1).clone()
+
+
+class ScoringModel(LanguageModel):
+    """A model of texts' worth: its output are scores of tokens, whatever their labels."""
+
+    def _postprocess(self, hidden_states: Tensor, **rest: Any) -> Tensor:
+        """hidden_states [S, B, H] -> fp32 scores [B, S] on the last pipeline stage."""
+        if not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, **rest)
+        scores_BS: Tensor = self.score(hidden_states)
+        return scores_BS
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """That of the modules: megatron-core's of language models would mark a weight of logits, which is not there."""
+        known = ensure_metadata_has_dp_cp_group(metadata)
+        state: dict[str, Any] = MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, known)
+        return state
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,14 +136,15 @@ def build_chunk(
     spec = layer_spec(build_provider(backend, size), size, layers)
     if config.lora.lora_rank is not None:
         add_adapters(spec, config.lora, size)
-    model = LanguageModel(
+    kind = ScoringModel if size.score_head else LanguageModel
+    model = kind(
         options,
         spec,
         vocab_size=padded_vocab_size(vocab_size, size.make_vocab_size_divisible_by, world.tensor_size),
         max_sequence_length=longest_sequence(size),
         pre_process=first,
         post_process=last,
-        share_embeddings_and_output_weights=not size.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=tied(size),
         # megatron-core has no ALiBi; the attention brings it in.
         position_embedding_type="none" if size.position_embedding_type == "alibi" else size.position_embedding_type,
         rotary_percent=size.rotary_percent,
@@ -133,7 +156,9 @@ def build_chunk(
         add_stable_embedding(model, size, options)
     if first and size.embedding_scale:
         add_embedding_scale(model, size.hidden_size)
-    if last:
+    if last and size.score_head:
+        set_score_layer(model, options, world.tensor_group)
+    elif last:
         chunk = config.memory.cross_entropy_chunk_size
         set_output_layer(model, vocab_size, size.final_logit_softcapping, chunk)
     mark_experts(model)

@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_steel.config.adapters import WHOLE, trains_part
+from megatron_steel.config.family import SCORE
 from megatron_steel.config.schema import Config
 from megatron_steel.model.initialize import model_wide_name
 from megatron_steel.model.lora import ADAPTERS
@@ -16,7 +17,9 @@ LAYERS = "decoder.layers."
 
 
 def is_trained(config: Config, name: str) -> bool:
-    """Whether a parameter is trained, by its name in the whole model."""
+    """Whether a parameter is trained, by its name in the whole model: the score of a reward model always is."""
+    if name == SCORE:
+        return True
     lora = config.lora
     if lora.lora_rank is not None:
         return ADAPTERS in name or name in [WHOLE[module] for module in lora.lora_modules_to_save]

@@ -29,7 +29,7 @@ from megatron_steel.config.check_memory import (
 )
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.families.steel import expert_width, is_soft
-from megatron_steel.config.family import has_experts
+from megatron_steel.config.family import has_experts, tied, untied
 from megatron_steel.config.pipeline import layers_by_stage
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.plan.parameters import (
@@ -107,8 +107,9 @@ def stage_parameters(config: Config, padded_vocab_size: int, stage: int) -> Stag
     table = padded_vocab_size * model.hidden_size // tensor
     first, last = stage == 0, stage == stages - 1
     # The last stage has a copy of a tied embedding, unless it is the first one too.
-    tables = int(first) + int(last and (stages > 1 or model.untie_embeddings_and_output_weights))
-    ends = (before_layers(model) if first else 0) + (norm_weights(model) if last else 0)
+    tables = int(first) + int(last and (untied(model) or (stages > 1 and tied(model))))
+    score = model.hidden_size if model.score_head else 0
+    ends = (before_layers(model) if first else 0) + (norm_weights(model) + score if last else 0)
     experts = sum(layer.experts for layer in weights) // expert_ranks(config)
     return StageParameters(dense=layers + tables * table + ends, experts=experts)
 
@@ -231,10 +232,16 @@ def activation_bytes(config: Config, stage: int, layers: int, tokens: int) -> in
 
 
 def logits_bytes(config: Config, padded_vocab_size: int, tokens: int) -> int:
-    """Bytes of the logits that exist at once: fp32 ones, reused for the softmax and its gradient, and 16-bit ones."""
+    """Bytes of the logits that exist at once: fp32 ones, reused for the softmax and its gradient, and 16-bit ones.
+
+    A reward model has none, but widens hidden states to fp32.
+    """
+    narrow = compute_type(config.training) != "float32"
+    if config.size.score_head:
+        return 4 * tokens * config.size.hidden_size if narrow else 0
     rows = padded_vocab_size // config.parallel.tensor_model_parallel_size
     at_once = tokens_at_once(config.memory.cross_entropy_chunk_size, tokens, rows)
-    each = 4 if compute_type(config.training) == "float32" else 6
+    each = 6 if narrow else 4
     # In parts, the gradient of the table is summed in fp32 beside its own.
     return at_once * rows * each + (4 * rows * config.size.hidden_size if 0 < at_once < tokens else 0)
 
@@ -324,7 +331,9 @@ def max_micro_batch(config: Config, padded_vocab_size: int, world_size: int, mem
 
 
 def whole_logits(config: Config, padded_vocab_size: int) -> int | None:
-    """The largest micro-batch whose logits all exist at once; None where they always do."""
+    """The largest micro-batch whose logits all exist at once; None where they always do, or there are none."""
+    if config.size.score_head:
+        return None
     chunk, rows = (
         config.memory.cross_entropy_chunk_size,
         padded_vocab_size // config.parallel.tensor_model_parallel_size,

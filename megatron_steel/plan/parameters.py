@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_steel.config.families.steel import expert_width, is_soft
-from megatron_steel.config.family import group_count, has_experts, head_width
+from megatron_steel.config.family import group_count, has_experts, head_width, untied
 from megatron_steel.config.schema import ModelConfig
 
 
@@ -192,7 +192,7 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
     ``vocab_size`` is the padded number of rows for what is trained, the unpadded one for what is exported.
     """
     embedding = vocab_size * model.hidden_size
-    output = embedding if model.untie_embeddings_and_output_weights else 0
+    output = model.hidden_size if model.score_head else embedding if untied(model) else 0
     layers = [layer_weights(model, layer) for layer in range(model.num_layers)]
     outside = embedding + before_layers(model) + norm_weights(model) + output
     return ParameterCount(
@@ -201,5 +201,5 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
         embedding=embedding,
         output=output,
         per_layer=layers[-1].total,
-        matmul=sum(layer.matmul for layer in layers) + embedding,
+        matmul=sum(layer.matmul for layer in layers) + (output if model.score_head else embedding),
     )

@@ -14,6 +14,7 @@ from megatron_steel.config.check import check
 from megatron_steel.config.check_context import check_context_backend
 from megatron_steel.config.check_lora import check_same_part
 from megatron_steel.config.check_precision import check_same_precision
+from megatron_steel.config.check_score import refuse_score
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.rampup import batch_sizes
 from megatron_steel.config.schema import Config, ModelConfig
@@ -259,6 +260,7 @@ def prepare(config: Config) -> Prepared:
 
     Raises ``ValueError`` with one line for whatever the user has to change; nothing has been written then.
     """
+    refuse_score(config, "megatron_steel.pretrain")
     warnings = check_run(config)
     checkpoint, weights_only = find_start(config, warnings)
     if checkpoint is not None:

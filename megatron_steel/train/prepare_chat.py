@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_steel.checkpoint.converted import tokenizer_facts
 from megatron_steel.checkpoint.state import TrainState
 from megatron_steel.config.check import check_schedule
-from megatron_steel.config.check_chat import check_chat
+from megatron_steel.config.check_chat import ENTRY, check_chat
+from megatron_steel.config.check_score import refuse_score
 from megatron_steel.config.load import to_flat
 from megatron_steel.config.rampup import batch_sizes
 from megatron_steel.config.schema import Config
@@ -82,7 +83,8 @@ def open_start(config: Config, warnings: list[str]) -> Start:
         warnings += notes
         if origin.checkpoint is not None:
             check_bytes(origin.checkpoint)
-    adopt_sizes(config, origin, FREE)
+    # A reward model starts from a language model.
+    adopt_sizes(config, origin, FREE | {"score_head"})
     return Start(origin=origin, resuming=checkpoint is not None, tokenizer=choose_tokenizer(config, origin))
 
 
@@ -197,13 +199,19 @@ def set_length(config: Config, datasets: Sequence[RowDataset], ledger: Ledger) -
     check_schedule(config)
 
 
+def rules(config: Config) -> None:
+    """Those of conversations whose next tokens are trained."""
+    refuse_score(config, ENTRY)
+    check_chat(config)
+
+
 def prepare_chat(config: Config) -> Prepared:
     """Check and open everything a finetune needs.
 
     Raises ``ValueError`` with one line for whatever the user has to change; nothing has been written then but encoded
     conversations.
     """
-    return prepare_rows(config, check_chat, open_chat, build_dataset)
+    return prepare_rows(config, rules, open_chat, build_dataset)
 
 
 def prepare_rows(config: Config, rules: Rules, open_rows: OpenRows, build: BuildDataset) -> Prepared:

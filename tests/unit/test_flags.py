@@ -82,6 +82,7 @@ OUR_OWN = {
     "decoder-layer",
     "embedding-init",
     "embedding-scale",
+    "score-head",
     "ffn-type",
     "final-logit-softcapping",
     "full-attention-layers",

@@ -171,6 +171,7 @@ FAMILIES = (
     Family(
         name="gemma3",
         architecture="Gemma3ForCausalLM",
+        scorer="Gemma3TextForSequenceClassification",
         model_type="gemma3_text",
         keys=(
             *gemma_keys(vocab_size=262_208, max_position_embeddings=131_072),

@@ -153,6 +153,7 @@ FAMILIES = (
     Family(
         name="gpt2",
         architecture="GPT2LMHeadModel",
+        scorer="GPT2ForSequenceClassification",
         model_type="gpt2",
         keys=(
             Key("vocab_size", "vocab_size", 50257),
