@@ -159,10 +159,9 @@ def compare_with_hf(
     for ids in texts if texts is not None else sample_ids(checkpoint, model.vocab_size):
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
         ours = model.language_models()[0](ids.to(world.device), positions.to(world.device), None)
-        ours_SV = ours[0, :, : model.vocab_size].float().cpu()
-        theirs_SV = theirs(ids).logits[0]
-        if config.size.score_head:
-            ours_SV, theirs_SV = ours[:, -1:].float().cpu(), theirs_SV.unsqueeze(0)
+        # The score of the text, [1, 1], or logits [S, V].
+        part = ours[:, -1:] if config.size.score_head else ours[0, :, : model.vocab_size]
+        ours_SV, theirs_SV = part.float().cpu(), theirs(ids).logits.reshape(part.shape)
         differences.append((ours_SV - theirs_SV).abs().max())
         sizes.append(theirs_SV.abs().max())
         agreeing += int((ours_SV.argmax(-1) == theirs_SV.argmax(-1)).sum())

@@ -105,6 +105,20 @@ def work_start(folders: dict[str, tuple[str, str]], layout: tuple[int, int]) -> 
     return found
 
 
+def work_verify(folder: str, root: str) -> tuple[bool, int, str]:
+    """What `convert_hf.py verify` finds, over how many texts; what generation says of such a checkpoint."""
+    from megatron_steel.checkpoint.hf import import_hf
+    from megatron_steel.checkpoint.verify import compare_with_hf, load_for_inference
+
+    world, checkpoint = runtime.start(), import_hf(Path(folder), Path(root))
+    found = compare_with_hf(checkpoint, Path(folder), world)
+    try:
+        load_for_inference(checkpoint, world)
+    except ValueError as error:
+        return found.same, found.tokens, str(error)
+    return found.same, found.tokens, ""
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
     """Language models and what transformers makes of them when it is to classify, with weights for the score."""
@@ -174,3 +188,10 @@ def test_start_from_a_language_model(
             assert np.array_equal(folder, drawn) and np.array_equal(checkpoint, drawn)
             # The deviation of the models, 0.15.
             assert drawn.shape == (1, 48) and 0.1 < drawn.std() < 0.2
+
+
+def test_verify_compares_scores_and_generation_refuses(
+    pool: WorkerPool, folders: dict[str, tuple[str, str]], tmp_path: Path
+) -> None:
+    same, count, said = pool.run(1, work_verify, folders["qwen2-tied"][0], str(tmp_path / "ours"), join=False)[0]
+    assert same and count == 1 and "is a reward model" in said
