@@ -8,10 +8,11 @@ from megatron_steel.config.preference_schema import PreferenceConfig
 from megatron_steel.config.schema import Config
 
 ENTRY = "megatron_steel.preference"
-NO_REFERENCE = ("orpo", "simpo")
+NO_REFERENCE = ("orpo", "simpo", "rm")
 WITH_REFERENCE = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo")
 # Options that only these losses have.
 OF_LOSSES = {
+    "beta": (*WITH_REFERENCE, "orpo", "simpo", "kto", "grpo"),
     "label_smoothing": ("sigmoid", "robust"),
     "simpo_gamma": ("simpo",),
     "desirable_weight": ("kto",),
@@ -55,6 +56,8 @@ def check_preference(config: Config) -> None:
         losses = OF_LOSSES.get(name)
         if losses is not None and loss not in losses:
             raise ValueError(f"--{name.replace('_', '-')} has no meaning for --loss-type {loss}")
+    if config.size.score_head and loss != "rm":
+        raise ValueError(f"--score-head is a reward model, which --loss-type rm trains, not {loss}")
     for name in CHAT_FIXED:
         if getattr(chat, name) != getattr(type(chat)(), name):
             raise ValueError(f"--{name.replace('_', '-')} is an option of finetuning; {ENTRY} trains the last answer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LossType = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "orpo", "simpo", "kto", "grpo"]
+LossType = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "orpo", "simpo", "kto", "rm", "grpo"]
 AnswerAverage = Literal["answer", "token", "length"]
 Reference = Literal["precomputed", "live", "lora-base", "none"]
 
@@ -15,7 +15,8 @@ class PreferenceConfig:
     """Preferences, for megatron_steel.preference."""
 
     loss_type: LossType = "sigmoid"
-    """DPO (sigmoid, sigmoid_norm, robust, hinge, ipo), no reference (orpo, simpo), judged (kto), rewards (grpo)."""
+    """DPO (sigmoid, sigmoid_norm, robust, hinge, ipo), no reference (orpo, simpo), judged (kto), a reward model (rm),
+    or sampled answers and their rewards (grpo)."""
     beta: float = 0.1
     """How far answers may move from the reference; the weight of the odds ratio in orpo, the scale of simpo."""
     label_smoothing: float = 0.0

@@ -25,8 +25,8 @@ class Texts:
     """The row it is in."""
     counts_T: torch.Tensor
     """Trained labels of the text over all context-parallel ranks, float32."""
-    lasts_T: np.ndarray
-    """Place of its last token in the joined rows."""
+    is_last_BS: torch.Tensor
+    """1 at the last token of each text, else 0, float32; this context-parallel rank's."""
     references_T: torch.Tensor
     """Log-probability of the text under the reference model, nats, float32; 0 where there is none."""
 

@@ -120,13 +120,15 @@ class ChatBatchBuilder:
         begins = bounds[:-1]
         numbers = np.repeat(np.arange(len(begins)), np.diff(bounds)).reshape(rows, width)
         _, labels, _, _, roles, references = (planes_BPW[:, plane].reshape(-1) for plane in range(self.planes))
+        is_last = np.zeros((rows, width), dtype=np.float32)
+        is_last.reshape(-1)[bounds[1:] - 1] = 1
         counts = np.add.reduceat((labels >= 0).astype(np.float32), begins)
         return Texts(
             of_token_BS=self._cut(torch.from_numpy(numbers)).to(self.device),
             roles_T=roles[begins],
             rows_T=begins // width,
             counts_T=torch.from_numpy(counts).to(self.device),
-            lasts_T=bounds[1:] - 1,
+            is_last_BS=self._cut(torch.from_numpy(is_last)).to(self.device),
             references_T=torch.from_numpy(references[begins].view(np.float32)).to(self.device),
         )
 

@@ -18,8 +18,8 @@ from megatron_steel.data.pair_dataset import Role
 from megatron_steel.model.build import Model
 from megatron_steel.model.lora import adapters_off
 from megatron_steel.objective.language import BY_SAMPLE, LossOutput, run_micro_batches, sum_over_ranks
-from megatron_steel.objective.preference import Answers, judge_pairs, kto_drift, kto_loss
-from megatron_steel.objective.texts import TextLogps, text_logps
+from megatron_steel.objective.preference import Answers, judge_pairs, kto_drift, kto_loss, reward_loss
+from megatron_steel.objective.texts import TextLogps, text_logps, text_scores
 from megatron_steel.runtime.world import World
 
 
@@ -170,6 +170,24 @@ class JudgedObjective(PreferenceObjective):
             *(desirable_P, undesirable_P, signed_P, right_P),
             *(own.policy_P, own.ratios_P, self.drift.expand_as(rewards_P), own.counts_P),
         )
+        reported = report(losses_P, metrics, texts, units, self.world, len(batch.sources_B))
+        return losses_P.sum() / step_weight, torch.zeros((), dtype=torch.int), reported
+
+
+class ScoreObjective(PreferenceObjective):
+    """A reward model: the chosen answer of a pair is to have the higher score (Bradley-Terry)."""
+
+    metric_names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+    def share(self, losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutput:
+        """See :class:`~megatron_steel.objective.language.Objective`; the model's output are scores of tokens."""
+        texts = batch.texts
+        assert texts is not None
+        scores_T = text_scores(losses_BS, batch, self.world.context_group)
+        units = numbers(texts, [Role.CHOSEN], scores_T.device)
+        good_P, bad_P = scores_T[units], scores_T[units + 1]
+        losses_P = reward_loss(good_P, bad_P)
+        metrics = (good_P, bad_P, good_P - bad_P, (good_P > bad_P).float())
         reported = report(losses_P, metrics, texts, units, self.world, len(batch.sources_B))
         return losses_P.sum() / step_weight, torch.zeros((), dtype=torch.int), reported
 

@@ -27,6 +27,15 @@ def text_logps(losses_BS: Tensor, batch: Batch, context_group: ProcessGroup) -> 
     return reduce_from_tensor_model_parallel_region(sums_T, context_group) if context_group.size() > 1 else sums_T
 
 
+def text_scores(scores_BS: Tensor, batch: Batch, context_group: ProcessGroup) -> Tensor:
+    """Score [T] of each text, float32, that of its last token, from the scores of tokens; gathered like log-probs."""
+    assert batch.texts is not None
+    last_BS = scores_BS.reshape(batch.loss_mask_BS.shape).float() * batch.texts.is_last_BS
+    texts = len(batch.texts.roles_T)
+    scores_T = last_BS.new_zeros(texts).index_add(0, batch.texts.of_token_BS.flatten(), last_BS.flatten())
+    return reduce_from_tensor_model_parallel_region(scores_T, context_group) if context_group.size() > 1 else scores_T
+
+
 class TextLogps:
     """The objective of a model that is only asked: no loss, but the log-probability of each text."""
 

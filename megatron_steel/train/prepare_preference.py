@@ -6,8 +6,7 @@ from dataclasses import fields
 from functools import partial
 
 from megatron_steel.config.check_chat import check_chat
-from megatron_steel.config.check_preference import ENTRY, NO_REFERENCE, check_preference
-from megatron_steel.config.check_score import refuse_score
+from megatron_steel.config.check_preference import NO_REFERENCE, check_preference
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.data.chat_encode import ChatEncoder, encode_pair_source, refuse_bad, worker_count
 from megatron_steel.data.chat_rows import RowKind
@@ -22,7 +21,6 @@ from megatron_steel.train.pretrained import Pretrained, open_pretrained
 
 def rules(config: Config) -> None:
     """Those of conversations and of preferences."""
-    refuse_score(config, ENTRY)
     check_chat(config)
     check_preference(config)
 
@@ -70,6 +68,8 @@ def prepare_preference(config: Config) -> Prepared:
     """Check and open everything a run on preferences needs; raises ``ValueError`` like prepare_chat.py."""
     if config.preference.loss_type == "grpo":
         return prepare_rewards(config)
+    if config.preference.loss_type == "rm":
+        config.size.score_head = True
     kind: RowKind = "judged" if config.preference.loss_type == "kto" else "pair"
     prepared = prepare_rows(config, rules, partial(open_chat, row_kind=kind), build_pairs)
     prepared.preferences = True

@@ -22,7 +22,7 @@ from megatron_steel.data.pair_dataset import PairDataset
 from megatron_steel.evaluate.text_logps import score_texts
 from megatron_steel.model.build import Model, build_model
 from megatron_steel.objective.grpo_objective import GroupPolicyObjective
-from megatron_steel.objective.preference_objective import JudgedObjective, PreferenceObjective
+from megatron_steel.objective.preference_objective import JudgedObjective, PreferenceObjective, ScoreObjective
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.world import World
 from megatron_steel.train.prepare import Prepared
@@ -121,5 +121,5 @@ def preference_objective(
             print("\n".join(lines), flush=True)
     elif prepared.reference is not None:
         live = model if options.reference == "lora-base" else live_model(prepared, world)
-    kind = JudgedObjective if options.loss_type == "kto" else PreferenceObjective
-    return kind(options, world, live)
+    kinds = {"kto": JudgedObjective, "rm": ScoreObjective}
+    return kinds.get(options.loss_type, PreferenceObjective)(options, world, live)

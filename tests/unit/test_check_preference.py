@@ -64,6 +64,7 @@ def test_faults(values: dict[str, Any], message: str) -> None:
 
 
 CHANGED: dict[str, Any] = {
+    "beta": 0.3,
     "label_smoothing": 0.1,
     "simpo_gamma": 1.0,
     "desirable_weight": 2.0,
@@ -89,11 +90,14 @@ MEANT: dict[str, set[str]] = {
     "hinge": {"rpo_alpha", "reference", "reference_checkpoint"},
     "ipo": {"rpo_alpha", "reference", "reference_checkpoint"},
     "orpo": set(),
+    "rm": set(),
     "simpo": {"simpo_gamma", "rpo_alpha"},
     "kto": {"desirable_weight", "undesirable_weight", "reference", "reference_checkpoint"},
     "grpo": {name for name in CHANGED if name in ("reward", "max_new_tokens", "scale_advantages", "answer_average")}
     | {name for name in CHANGED if name.startswith(("grpo_", "rl_", "reference"))},
 }
+for name in MEANT:
+    MEANT[name] |= set() if name == "rm" else {"beta"}
 
 
 @pytest.mark.parametrize("loss", get_args(LossType))

@@ -77,7 +77,7 @@ def test_texts_of_a_batch() -> None:
     assert texts.roles_T.tolist() == [1, 2, 1, 2, 1, 2, 0] and texts.rows_T.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert texts.counts_T.tolist() == [2, 2, 2, 2, 2, 2, 0]
     assert texts.references_T.tolist() == [-5, -6, -1, -2, -3, -4, 0]
-    assert texts.lasts_T.tolist() == [4, 8, 12, 15, 18, 21, 31]
+    assert texts.is_last_BS.flatten().nonzero().flatten().tolist() == [4, 8, 12, 15, 18, 21, 31]
     assert texts.of_token_BS[1].tolist() == [4] * 3 + [5] * 3 + [6] * 10
     assert (judged(texts), batch.weight, batch.valid_tokens) == (3, 3.0, 12)
 
