@@ -17,6 +17,7 @@ OF_LOSSES = {
     "simpo_gamma": ("simpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "reward_collapse_patience": (*WITH_REFERENCE, "orpo", "simpo", "kto"),
     "rpo_alpha": (*WITH_REFERENCE, "simpo"),
     "reference": (*WITH_REFERENCE, "kto", "grpo"),
     "reference_checkpoint": (*WITH_REFERENCE, "kto", "grpo"),
@@ -65,6 +66,8 @@ def check_preference(config: Config) -> None:
         raise ValueError(f"--beta must be greater than 0, not {options.beta}")
     if not 0 <= options.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing must be at least 0 and below 0.5, not {options.label_smoothing}")
+    if options.reward_collapse_patience is not None and options.reward_collapse_patience < 1:
+        raise ValueError(f"--reward-collapse-patience must be 1 or more, not {options.reward_collapse_patience}")
     for name in ("simpo_gamma", "rpo_alpha", "desirable_weight", "undesirable_weight"):
         if getattr(options, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(options, name)}")

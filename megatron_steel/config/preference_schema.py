@@ -29,6 +29,8 @@ class PreferenceConfig:
     """Weight of good answers in kto."""
     undesirable_weight: float = 1.0
     """Weight of bad answers in kto."""
+    reward_collapse_patience: int | None = None
+    """Save and stop after so many reports in a row in which the rewards of good and bad answers fall together."""
     reference: Reference = "precomputed"
     """The reference's log-probabilities: computed once, from a second model, of the model without adapters, or 0."""
     reference_checkpoint: str | None = None

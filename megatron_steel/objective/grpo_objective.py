@@ -46,6 +46,7 @@ class GroupPolicyObjective:
     """
 
     counted = "answers"
+    watched: tuple[str, str] | None = None
     metric_names = (
         "reward",
         "reward/group_std",

@@ -133,6 +133,8 @@ class Objective(Protocol):
 
     metric_names: tuple[str, ...]
     """What is reported of a step beside the loss: `StepResult.metric_sums` in this order."""
+    watched: tuple[str, str] | None
+    """Metrics of good and bad answers that should not fall together, if there are such."""
     counted: str
     """What a step's loss is the mean over, for reports on held-out data."""
 
@@ -147,6 +149,7 @@ class NextToken:
     """Training on text: every label counts with its weight."""
 
     metric_names: tuple[str, ...] = ()
+    watched: tuple[str, str] | None = None
     counted = "labels"
 
     def begin_step(self, model: Model, batches: Sequence[Batch], world: World) -> None:

@@ -89,6 +89,7 @@ class PreferenceObjective:
         "tokens/chosen",
         "tokens/rejected",
     )
+    watched: tuple[str, str] | None = ("rewards/chosen", "rewards/rejected")
 
     def __init__(self, options: PreferenceConfig, world: World, live: Model | None) -> None:
         self.options, self.world, self.live = options, world, live
@@ -136,6 +137,7 @@ class JudgedObjective(PreferenceObjective):
         "kl",
         "tokens/answer",
     )
+    watched = ("rewards/desirable", "rewards/undesirable")
 
     def __init__(self, options: PreferenceConfig, world: World, live: Model | None) -> None:
         super().__init__(options, world, live)
@@ -178,6 +180,7 @@ class ScoreObjective(PreferenceObjective):
     """A reward model: the chosen answer of a pair is to have the higher score (Bradley-Terry)."""
 
     metric_names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+    watched = None
 
     def share(self, losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutput:
         """See :class:`~megatron_steel.objective.language.Objective`; the model's output are scores of tokens."""

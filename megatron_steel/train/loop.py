@@ -19,6 +19,7 @@ from megatron_steel.config.schema import Config
 from megatron_steel.data.loader import TrainLoader, ValidLoader
 from megatron_steel.evaluate.heldout import HeldOutResult, combine, evaluate
 from megatron_steel.evaluate.heldout_pairs import evaluate_objective
+from megatron_steel.metrics.collapse import RewardWatch
 from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks
 from megatron_steel.metrics.throughput import Throughput
@@ -61,6 +62,8 @@ class Session:
     write_extras: Callable[[Path], None]
     started: float
     """``time.monotonic`` at the start of the job."""
+    watch: RewardWatch | None = None
+    """Looks for rewards that collapse."""
     last_saved: int = -1
     """Iteration of the newest checkpoint this job wrote or loaded."""
     last_compared: int = -1
@@ -145,6 +148,9 @@ def report(session: Session) -> None:
     if "moe_balance_loss" in row:
         # Each rank has a part of it, from its layers and its tokens.
         row["moe_balance_loss"] = sum(runtime.gather_objects(session.world, row["moe_balance_loss"]))
+    warning = session.watch.see(row) if session.watch is not None else None
+    if warning is not None and session.world.rank == 0:
+        print(warning, flush=True)
     session.sinks.write(
         {
             "iteration": state.iteration,
@@ -219,6 +225,8 @@ def reason_to_stop(session: Session) -> str | None:
     late = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
     if runtime.agree(session.world, bool(session.stop_request) or late):
         return "time is up" if late else "a signal asked for it"
+    if session.watch is not None and session.watch.collapsed:
+        return "the rewards of good and bad answers fall together"
     if training.exit_interval and session.state.iteration % training.exit_interval == 0:
         return "exit interval reached"
     return None

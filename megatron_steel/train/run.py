@@ -21,6 +21,7 @@ from megatron_steel.data.chat_dataset import PLANES
 from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.data.loader import BatchLayout, TrainLoader, ValidLoader
 from megatron_steel.data.pair_dataset import PAIR_PLANES
+from megatron_steel.metrics.collapse import RewardWatch
 from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks, open_sinks
 from megatron_steel.metrics.throughput import Throughput
@@ -195,6 +196,9 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         stop_request=stop_request,
         write_extras=partial(write_extras, prepared),
         started=started,
+        watch=None
+        if objective.watched is None
+        else RewardWatch(*objective.watched, config.preference.reward_collapse_patience),
         last_saved=state.iteration if prepared.checkpoint is not None and not prepared.weights_only else -1,
     )
 

@@ -140,6 +140,21 @@ def test_a_run_goes_on_bit_for_bit(
         assert trace.losses == whole.losses[2:] and trace.grad_norms == whole.grad_norms[2:]
 
 
+def work_to_the_end(flat: dict[str, Any]) -> tuple[str, int]:
+    """Train as the command does; why it stopped, and after which step."""
+    from megatron_steel.train.loop import train
+
+    with open_session(flat) as session:
+        return train(session), session.state.iteration
+
+
+def test_collapsing_rewards_end_a_run(pool: WorkerPool, model: str, data: dict[bool, str]) -> None:
+    """At a rate that is far too high good answers become improbable too, in some step at least."""
+    flat = options(model, data, "sigmoid", lr=2e-2, train_iters=30, log_interval=1, reward_collapse_patience=1)
+    for reason, iteration in pool.run(2, work_to_the_end, flat, join=False):
+        assert reason == "the rewards of good and bad answers fall together" and 2 <= iteration < 30
+
+
 def test_a_reward_model_tells_answers_apart(pool: WorkerPool, model: str, tmp_path: Path) -> None:
     """Good answers begin with one word and bad ones with another: it learns which, and keeps it."""
     lines = []

@@ -23,6 +23,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"beta": 0.0}, "--beta must be greater than 0, not 0.0"),
     ({"label_smoothing": 0.5}, "--label-smoothing must be at least 0 and below 0.5, not 0.5"),
     ({"loss_type": "robust", "label_smoothing": -0.1}, "--label-smoothing must be at least 0 and below 0.5"),
+    ({"reward_collapse_patience": 0}, "--reward-collapse-patience must be 1 or more, not 0"),
     ({"rpo_alpha": -1.0}, "--rpo-alpha must be 0 or more, not -1.0"),
     ({"reference": "lora-base"}, "--reference lora-base needs adapters: give --lora-rank"),
     ({"reference": "none", "loss_type": "kto"}, "compares answers with a reference"),
@@ -70,6 +71,7 @@ CHANGED: dict[str, Any] = {
     "desirable_weight": 2.0,
     "undesirable_weight": 2.0,
     "rpo_alpha": 0.5,
+    "reward_collapse_patience": 3,
     "reference": "live",
     "reference_checkpoint": "base",
     "reward": "choice",
@@ -96,6 +98,8 @@ MEANT: dict[str, set[str]] = {
     "grpo": {name for name in CHANGED if name in ("reward", "max_new_tokens", "scale_advantages", "answer_average")}
     | {name for name in CHANGED if name.startswith(("grpo_", "rl_", "reference"))},
 }
+for name in ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "orpo", "simpo", "kto"):
+    MEANT[name].add("reward_collapse_patience")
 for name in MEANT:
     MEANT[name] |= set() if name == "rm" else {"beta"}
 

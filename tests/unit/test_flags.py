@@ -24,6 +24,7 @@ OUR_OWN = {
     "label-smoothing",
     "simpo-gamma",
     "rpo-alpha",
+    "reward-collapse-patience",
     "reward",
     "max-new-tokens",
     "scale-advantages",
