@@ -140,19 +140,29 @@ def test_a_run_goes_on_bit_for_bit(
         assert trace.losses == whole.losses[2:] and trace.grad_norms == whole.grad_norms[2:]
 
 
-def work_to_the_end(flat: dict[str, Any]) -> tuple[str, int]:
-    """Train as the command does; why it stopped, and after which step."""
+def work_falling(flat: dict[str, Any]) -> tuple[str, int, int]:
+    """Train as the command does on rewards that fall; why and after which step it stopped, and the last one saved."""
+    from megatron_steel.metrics.collapse import RewardWatch
     from megatron_steel.train.loop import train
 
+    class Falling(RewardWatch):
+        def see(self, row: Any) -> str | None:
+            assert {self.good, self.bad} <= row.keys()
+            fall = -0.1 * row["iteration"]
+            return super().see({self.good: fall, self.bad: 2 * fall})
+
     with open_session(flat) as session:
-        return train(session), session.state.iteration
+        assert session.watch is not None
+        session.watch = Falling(session.watch.good, session.watch.bad, session.watch.patience)
+        return train(session), session.state.iteration, session.last_saved
 
 
-def test_collapsing_rewards_end_a_run(pool: WorkerPool, model: str, data: dict[bool, str]) -> None:
-    """At a rate that is far too high good answers become improbable too, in some step at least."""
-    flat = options(model, data, "sigmoid", lr=2e-2, train_iters=30, log_interval=1, reward_collapse_patience=1)
-    for reason, iteration in pool.run(2, work_to_the_end, flat, join=False):
-        assert reason == "the rewards of good and bad answers fall together" and 2 <= iteration < 30
+def test_collapsing_rewards_end_a_run(pool: WorkerPool, model: str, data: dict[bool, str], tmp_path: Path) -> None:
+    for kind in ("sigmoid", "kto"):
+        flat = options(model, data, kind, log_interval=1, reward_collapse_patience=3, train_iters=9)
+        flat["save"] = str(tmp_path / kind)
+        (stopped,) = pool.run(1, work_falling, flat, join=False)
+        assert stopped == ("the rewards of good and bad answers fall together", 4, 4)
 
 
 def test_a_reward_model_tells_answers_apart(pool: WorkerPool, model: str, tmp_path: Path) -> None:
