@@ -47,6 +47,7 @@ def work_read(flat: dict[str, Any]) -> Trace:
 
 OPTIONS: list[dict[str, Any]] = [
     {"loss_type": "sigmoid"},
+    {"loss_type": "sigmoid_norm"},
     {"loss_type": "ipo"},
     {"loss_type": "hinge"},
     {"loss_type": "robust", "label_smoothing": 0.1},
