@@ -92,7 +92,8 @@ class TorchDotProductAttention(torch.nn.Module):
         """
         assert attention_bias is None
         if attention_mask is not None:
-            assert self.context_group is None and packed_seq_params is None
+            # A dense mask would be taken for another one.
+            assert attention_mask.dim() == 2 and self.context_group is None and packed_seq_params is None
         if self.context_group is not None:
             return self.over_ranks(query, key, value, packed_seq_params)
         dropout = self.dropout if self.training else 0.0
