@@ -31,7 +31,7 @@ from sft import CORPUS, ROOT, SIDES, THREADS, facts, make
 
 MEASURES = {"steady": "pairs/s, median step", "best_step": "pairs/s, fastest step", "end_to_end": "pairs/s, end to end"}
 LR, BETA, GATE_STEPS = 1e-4, 0.1, 10
-# An answer's log-probability is a sum of up to 2,000 nats, of which fp32 keeps 1e-4: beta times that is the loss's noise.
+# An answer's log-probability is a sum of up to 2,000 nats, of which fp32 keeps 1e-4; beta times that is noise.
 GATE = 5e-5
 Settings = dict[str, Any]
 
