@@ -1,10 +1,12 @@
-"""Make chat data for megatron_steel.finetune of other data; each row is {"messages": [...]} in a .jsonl file.
+"""Make chat data for megatron_steel.finetune and .preference of other data; each row is an object in a .jsonl file.
 
     python tools/build_chat_data.py choices --input FILE ... --output OUT.jsonl [--thought]
+    python tools/build_chat_data.py pairs --input FILE ... --output OUT.jsonl [--most N]
     python tools/build_chat_data.py identity --input FILE ... --output OUT.jsonl --name NAME --author AUTHOR
     python tools/build_chat_data.py samples --input FILE ... --output OUT.jsonl --verifier number|letter|text
 
 choices: multiple-choice questions and their answers, with --thought after an explanation where there is one.
+pairs: of such questions, the right option preferred to each wrong one.
 identity: conversations of any format in which {{name}} and {{author}} are replaced.
 samples: rejection sampling; of the samples of each question those that are right become rows.
 
@@ -24,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout this file belongs to
 
-from megatron_steel.data.chat_builders import Row, choice_row, identity_row, parse_question  # noqa: E402
+from megatron_steel.data.chat_builders import Row, choice_pairs, choice_row, identity_row, parse_question  # noqa: E402
 from megatron_steel.data.chat_formats import BadRow, RowFormat, read_record  # noqa: E402
 from megatron_steel.data.chat_messages import BadRecord  # noqa: E402
 from megatron_steel.data.chat_rows import BLANK  # noqa: E402
@@ -57,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("choices", "multiple-choice questions to chat rows")
     command.add_argument("--thought", action="store_true", help="explanations, where there are, before the answers")
     command.add_argument("--language", choices=("zh", "en"), help="of what is around a question; its own when left out")
+    command = add("pairs", "multiple-choice questions to preference rows")
+    command.add_argument("--most", type=int, default=None, help="rows of a question at most; all when left out")
     command = add("identity", "conversations about who the model is, with its name and maker")
     command.add_argument("--name", required=True, help="for {{name}}")
     command.add_argument("--author", required=True, help="for {{author}}")
@@ -74,16 +78,19 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--output {options.output} is one of the input files; give another name")
     if options.max_bad_rows < 0:
         raise ValueError(f"--max-bad-rows must be 0 or more, not {options.max_bad_rows}")
+    if getattr(options, "most", None) is not None and options.most < 1:
+        raise ValueError(f"--most must be 1 or more, not {options.most}")
     if options.command == "choices":
         counts = write_rows(
             files, options, lambda value, _: [choice_row(parse_question(value), options.thought, options.language)]
         )
         summary = []
+    elif options.command == "pairs":
+        counts = write_rows(files, options, lambda value, _: choice_pairs(parse_question(value), options.most))
+        summary = []
     elif options.command == "identity":
         counts, summary = build_identity(files, options)
     else:
-        if options.most is not None and options.most < 1:
-            raise ValueError(f"--most must be 1 or more, not {options.most}")
         stats = SampleStats()
         verify = VERIFIERS[options.verifier]
 

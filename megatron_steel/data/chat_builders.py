@@ -1,6 +1,6 @@
 """Rows of chat data made of other data: multiple-choice questions, a model's name and maker, samples that are right.
 
-Each function takes one record and gives a row with ``messages``, or raises `BadRecord` with the reason.
+Each function takes one record and gives rows with ``messages``, or of preferences; or raises `BadRecord`: the reason.
 """
 
 from __future__ import annotations
@@ -112,6 +112,21 @@ def choice_row(question: Question, thought: bool, language: Language | None = No
         return chat_row(f"{body}{texts.thought}", why + texts.conclusion.format(letter=letter))
     text = explanation or question.options[question.right]
     return chat_row(f"{body}{texts.plain}", texts.answer.format(letter=letter, text=text))
+
+
+def choice_pairs(question: Question, most: int | None = None) -> list[Row]:
+    """Preference rows: the question, its right option, and one wrong option in each row; ``most`` rows at most.
+
+    The options are not listed in the prompt, so that an answer is judged by what it says. Wrong options follow each
+    other from the one behind the right one on, so that with ``most`` no place among them is preferred.
+    """
+    count = len(question.options)
+    wrong = (question.options[(question.right + step) % count] for step in range(1, count))
+    right = question.options[question.right]
+    rows = [{"prompt": question.text, "chosen": right, "rejected": option} for option in wrong if option != right]
+    if not rows:
+        raise BadRecord("options: all of them are the same text")
+    return rows[:most]
 
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")

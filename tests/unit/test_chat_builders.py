@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_steel.data.chat_builders import choice_row, identity_row, parse_question
+from megatron_steel.data.chat_builders import choice_pairs, choice_row, identity_row, parse_question
 from megatron_steel.data.chat_formats import RowFormat, read_record
 from megatron_steel.data.chat_messages import BadRecord
 from megatron_steel.data.chat_samples import (
@@ -20,7 +20,8 @@ from megatron_steel.data.chat_samples import (
     same_letter,
     same_number,
 )
-from megatron_steel.text.conversation import Conversation, Message
+from megatron_steel.data.pair_formats import read_pair
+from megatron_steel.text.conversation import Conversation, Message, Pair
 from tools import build_chat_data
 
 MMLU = {"question": "How many?", "choices": ["3 lines", "9 lines"], "label": 1}
@@ -101,6 +102,19 @@ def test_questions_that_cannot_be_asked(value: Any, reason: str) -> None:
     with pytest.raises(BadRecord) as caught:
         choice_row(parse_question(value), True)
     assert str(caught.value).startswith(reason)
+
+
+def test_the_right_option_is_preferred_to_each_wrong_one() -> None:
+    question = parse_question({"question": "How many?", "choices": ["1", "2", "3", "4"], "answer": "C"})
+    rows = choice_pairs(question)
+    assert rows == [{"prompt": "How many?", "chosen": "3", "rejected": wrong} for wrong in ("4", "1", "2")]
+    assert choice_pairs(question, 1) == rows[:1]
+    twice = parse_question({"question": "How many?", "choices": ["3", "2", "3"], "answer": "C"})
+    assert [row["rejected"] for row in choice_pairs(twice, 2)] == ["2"]
+    with pytest.raises(BadRecord, match="all of them are the same text"):
+        choice_pairs(parse_question({"question": "How many?", "choices": ["3", "3"], "answer": "A"}))
+    pair = read_pair(rows[0], "here", RowFormat(), 1000)
+    assert isinstance(pair, Pair) and pair.rejected.messages[-1].content == "4"
 
 
 def test_a_built_row_is_read_back() -> None:
@@ -239,6 +253,10 @@ def test_bad_rows_are_named_and_nothing_is_written_without_leave(
     assert rows_of(out) == [choice_row(parse_question(value), True) for value in (MMLU, WANJUAN)]
     with pytest.raises(ValueError, match="is one of the input files"):
         build_chat_data.main(["choices", "--input", source, "--output", source])
+    build_chat_data.main(["pairs", *arguments[1:], "--max-bad-rows", "1", "--most", "1"])
+    assert rows_of(out) == [choice_pairs(parse_question(value), 1)[0] for value in (MMLU, WANJUAN)]
+    with pytest.raises(ValueError, match="--most must be 1 or more, not 0"):
+        build_chat_data.main(["pairs", *arguments[1:], "--most", "0"])
 
 
 def test_identity_files(tmp_path: Path) -> None:
