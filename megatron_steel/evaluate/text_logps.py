@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
@@ -14,15 +16,27 @@ from megatron_steel.objective.texts import TextLogps
 from megatron_steel.runtime.world import World
 
 
+SECONDS_BETWEEN_LINES = 30.0
+
+
 @torch.no_grad()
 def score_texts(model: Model, dataset: PairDataset, layout: BatchLayout, builder: Builder, world: World) -> np.ndarray:
-    """Log-probability of the trained tokens of each conversation, nats, float32 (conversations,), on every rank."""
+    """Log-probability of the trained tokens of each conversation, nats, float32 (conversations,), on every rank.
+
+    The first rank says twice a minute how far it is.
+    """
+    begun = said = time.monotonic()
     for chunk in model.chunks:
         chunk.eval()
     share = TextLogps(world.context_group).share
     sums = torch.zeros(len(dataset.store), dtype=torch.float64, device=world.device)
     reports = world.pipeline_rank == world.pipeline_size - 1 and world.context_rank == 0
     for first in range(0, len(dataset), layout.global_batch_size):
+        now = time.monotonic()
+        if world.rank == 0 and now - said >= SECONDS_BETWEEN_LINES:
+            left = (now - begun) * (len(dataset) - first) / first
+            print(f"{dataset.name}: reference of {first:,} of {len(dataset):,} rows, {left:.0f} s left", flush=True)
+            said = now
         windows = first + layout.offsets()
         present = windows < len(dataset)
 
