@@ -1,4 +1,4 @@
-"""Training on preferences against TRL's ``DPOTrainer``: the same pairs, and the same ten steps."""
+"""Training on preferences against TRL's trainers: the same pairs, and the same ten steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from pool import WorkerPool
 from tiny_chats import chat_options, write_model, write_pairs
 from tiny_run import Trace, keep_weights, open_session, take_steps
-from trl_dpo_side import WATCHED, Pair, train_dpo
+from trl_preference_side import Pair, train_preferences
 
 STEPS, BATCH = 10, 4
 ADAMW = {"learning_rate": 2e-3, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.1}
@@ -31,7 +31,9 @@ def work_prefer(flat: dict[str, Any]) -> tuple[list[Pair], Trace]:
                     for n in (number, number + 1)
                 )
                 at = int((chosen[1] >= 0).argmax())
-                pairs.append((chosen[0][:at].tolist(), chosen[0][at:].tolist(), rejected[0][at:].tolist()))
+                good = dataset.desirable is None or bool(dataset.desirable[number // 2])
+                ids = (chosen[0][:at].tolist(), chosen[0][at:].tolist(), rejected[0][at:].tolist())
+                pairs.append(Pair(*ids, good))
         take_steps(session, STEPS, trace)
         keep_weights(session, trace)
     return pairs, trace
@@ -45,6 +47,7 @@ def work_read(flat: dict[str, Any]) -> Trace:
     return trace
 
 
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 OPTIONS: list[dict[str, Any]] = [
     {"loss_type": "sigmoid"},
     {"loss_type": "sigmoid_norm"},
@@ -52,22 +55,48 @@ OPTIONS: list[dict[str, Any]] = [
     {"loss_type": "hinge"},
     {"loss_type": "robust", "label_smoothing": 0.1},
 ]
+# The loss, options of both sides, and what both report of each step.
+OTHERS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("orpo", {"beta": 0.3}, REWARDS),
+    ("simpo", {"beta": 2.0, "simpo_gamma": 0.7}, REWARDS),
+    ("kto", {"beta": 0.3, "desirable_weight": 0.8, "undesirable_weight": 1.1}, ("kl",)),
+]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options["loss_type"])
-def test_ten_steps_are_those_of_trl(pool: WorkerPool, tmp_path: Path, options: dict[str, Any]) -> None:
-    model = write_model(tmp_path / "model", initializer_range=0.1)
-    data = write_pairs(tmp_path / "pairs.jsonl", 44)
+def steps_agree(
+    pool: WorkerPool, folder: Path, kind: str, micro_batch: int, options: dict[str, Any], theirs: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """Assert that losses and weights agree over ten steps; what each step reported, ours and TRL's."""
+    model = write_model(folder / "model", initializer_range=0.1)
+    data = write_pairs(folder / "pairs.jsonl", 44, judged=kind == "kto")
     # One pair to a row, so that a step has as many pairs as TRL's.
     flat = chat_options(model, data, packing=False, seq_length=128, global_batch_size=BATCH, train_iters=STEPS)
     flat |= {"preferences": True, **OURS, **options}
     pairs, trace = pool.run(1, work_prefer, flat, join=False)[0]
-    theirs = train_dpo(
-        model, tmp_path / "trl", pairs, batch=BATCH, micro_batch=2, max_grad_norm=1.0, beta=0.1, **ADAMW, **options
-    )
-    np.testing.assert_allclose(trace.losses, theirs.losses, rtol=1e-5)
-    for mine, other in zip(trace.rows, theirs.metrics, strict=True):
-        for name in WATCHED:
-            assert abs(mine[name] - other[name]) < 1e-5 * max(1.0, abs(other[name])), name
-    read = pool.run(1, work_read, flat | {"pretrained_checkpoint": str(tmp_path / "trl")}, join=False)[0]
+    sizes = {"batch": BATCH, "micro_batch": micro_batch, "max_grad_norm": 1.0}
+    run = train_preferences(kind, model, folder / "trl", pairs, **sizes, **ADAMW, **theirs)
+    np.testing.assert_allclose(trace.losses, run.losses, rtol=1e-5)
+    read = pool.run(1, work_read, flat | {"pretrained_checkpoint": str(folder / "trl")}, join=False)[0]
     assert max(np.abs(trace.weights[name] - read.weights[name]).max() for name in read.weights) < 1e-5
+    start = pool.run(1, work_read, flat, join=False)[0]
+    assert max(np.abs(trace.weights[name] - start.weights[name]).max() for name in start.weights) > 1e-3
+    return trace.rows, run.metrics
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options["loss_type"])
+def test_ten_steps_are_those_of_trl(pool: WorkerPool, tmp_path: Path, options: dict[str, Any]) -> None:
+    options = {"beta": 0.1, **options}
+    for mine, other in zip(*steps_agree(pool, tmp_path, "dpo", 2, options, options), strict=True):
+        for name in (*REWARDS, "logps/chosen"):
+            assert abs(mine[name] - other[name]) < 1e-5 * max(1.0, abs(other[name])), name
+
+
+@pytest.mark.parametrize(("loss", "options", "names"), OTHERS, ids=[loss for loss, *_ in OTHERS])
+def test_ten_steps_are_those_of_the_other_trainers(
+    pool: WorkerPool, tmp_path: Path, loss: str, options: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    mine, theirs = steps_agree(pool, tmp_path, loss, BATCH, {"loss_type": loss, **options}, options)
+    for name in names:
+        values = [row[name] for row in theirs]
+        np.testing.assert_allclose([row[name] for row in mine], values, rtol=1e-5, atol=1e-5)
+        assert np.ptp(values) > 0.1, name
