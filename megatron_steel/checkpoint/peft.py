@@ -26,6 +26,8 @@ from megatron_steel.checkpoint.state import read_state
 from megatron_steel.config.adapters import WHOLE, projections, short, targets
 from megatron_steel.config.check import padded_vocab_size
 from megatron_steel.config.check_lora import check_lora
+from megatron_steel.config.check_score import check_score
+from megatron_steel.config.family import SCORE
 from megatron_steel.config.load import from_flat
 from megatron_steel.config.lora import LoraConfig
 from megatron_steel.config.schema import Config, ModelConfig
@@ -63,10 +65,11 @@ def peft_config(lora: LoraConfig, size: ModelConfig, base: str | None) -> dict[s
     alpha = 2.0 * lora.lora_rank if lora.lora_alpha is None and lora.lora_rank is not None else lora.lora_alpha
     assert alpha is not None
     names = whole_names(size)
-    whole = [short(names[module].removesuffix(".weight")) for module in lora.lora_modules_to_save]
+    saved = [names[module] for module in lora.lora_modules_to_save] + [SCORE] * size.score_head
+    whole = [short(name.removesuffix(".weight")) for name in saved]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if size.score_head else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.lora_rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -95,6 +98,8 @@ def adapter_tensors(stored: StoredTensors, lora: LoraConfig, size: ModelConfig) 
             if module == "embed_tokens" and not size.untie_embeddings_and_output_weights:
                 # PEFT saves and asks for both names of a tied weight.
                 yield f"{PREFIX}lm_head.weight", whole
+    if size.score_head:
+        yield PREFIX + SCORE, stored.read(SCORE)
 
 
 def check_adapter_target(folder: Path) -> None:
@@ -186,6 +191,8 @@ def read_lora(folder: Path, file: TensorFile, config: Config) -> LoraConfig:
         if file.places[name].shape != shape:
             raise ValueError(f"{file.path}: {name} is {file.places[name].shape}, the base model makes it {shape}")
     whole = {PREFIX + names[module] for module in lora.lora_modules_to_save}
+    if size.score_head:
+        whole.add(PREFIX + SCORE)
     tied = f"{PREFIX}lm_head.weight"
     if "embed_tokens" in lora.lora_modules_to_save and not size.untie_embeddings_and_output_weights:
         if tied not in file.places or not torch.equal(file.read(tied), file.read(PREFIX + names["embed_tokens"])):
@@ -250,16 +257,22 @@ def import_adapter(
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"--adapter {folder}: holds no {WEIGHTS}")
     file = TensorFile(folder / WEIGHTS)
+    # A reward model's adapter brings the score, whether its base was a language model or had one.
+    score = {SCORE: (1, size.hidden_size)} if PREFIX + SCORE in file.places else {}
+    size.score_head = size.score_head or bool(score)
     config.lora = read_lora(folder, file, config)
     check_lora(config)
+    check_score(config)
     for name, place in file.places.items():
         if place.dtype not in DTYPE_NAMES:
             raise ValueError(f"{file.path}: {name} is {place.dtype}; only {', '.join(DTYPE_NAMES.values())} are read")
     names = whole_names(size)
-    weights = WithModules(source, file, [names[module] for module in config.lora.lora_modules_to_save])
-    for name in weights.names:
-        if weights.shape(name) != source.shape(name):
-            raise ValueError(f"{file.path}: {name} is {weights.shape(name)}, in the base model {source.shape(name)}")
+    whole = [names[module] for module in config.lora.lora_modules_to_save]
+    wanted = {name: source.shape(name) for name in whole} | score
+    weights = WithModules(source, file, list(wanted))
+    for name, shape in wanted.items():
+        if weights.shape(name) != shape:
+            raise ValueError(f"{file.path}: {name} is {weights.shape(name)}, in the base model {shape}")
     assert size.vocab_size is not None
     padded = padded_vocab_size(size.vocab_size, size.make_vocab_size_divisible_by, tensor_parallel_size)
     chunks = weight_chunks(weights, size, padded, dtype) + adapter_chunks(file, config.lora, size, dtype)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pool import WorkerPool
 from safetensors.torch import load_file, save_file
-from tiny_chats import chat_options, write_chats, write_model
+from tiny_chats import chat_options, write_chats, write_model, write_pairs
 from tiny_run import Trace, open_session, take_steps
 
 from megatron_steel.checkpoint.files import find_checkpoint
@@ -127,6 +127,45 @@ def test_five_steps_are_those_of_peft(pool: WorkerPool, tmp_path: Path, way: str
     resumed = flat | {"pretrained_checkpoint": str(tmp_path / "imported"), "save": str(tmp_path / "again")}
     again, trace = pool.run(1, work_adapt, resumed, str(tmp_path / "begin2"), join=False)[0]
     np.testing.assert_allclose(trace.losses, train_theirs(theirs, again), rtol=1e-5)
+
+
+def work_reward(flat: dict[str, Any]) -> None:
+    """Train a reward model's adapters and score, and save them."""
+    from megatron_steel.train.loop import save
+
+    with open_session(flat) as session:
+        take_steps(session, STEPS, Trace())
+        save(session)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_adapter_of_a_reward_model_has_its_score(pool: WorkerPool, tmp_path: Path, tied: bool) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    model = write_model(tmp_path / "model", tie_word_embeddings=tied, pad_token_id=0)
+    data = write_pairs(tmp_path / "pairs.jsonl", 24)
+    flat = chat_options(model, data, preferences=True, loss_type="rm", lora_rank=4, seq_length=128, **OURS)
+    pool.run(1, work_reward, flat | {"save": str(tmp_path / "run"), "train_iters": STEPS}, join=False)
+    run = find_checkpoint(tmp_path / "run", None)[0]
+    export_hf(run, tmp_path / "merged")
+    export_adapter(run, tmp_path / "adapter", model)
+
+    def scorer(folder: object) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+
+    ids = torch.arange(1, 31).view(3, 10)
+    with torch.no_grad():
+        merged = scorer(tmp_path / "merged")(ids).logits
+        apart = PeftModel.from_pretrained(scorer(model), tmp_path / "adapter")(ids).logits
+    assert (merged - apart).abs().max() < 1e-5 and merged.std() > 1e-2
+
+    export_adapter(import_adapter(tmp_path / "adapter", Path(model), tmp_path / "imported"), tmp_path / "back", model)
+    wanted, found = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("adapter", "back"))
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert wanted["base_model.model.score.weight"].shape == (1, 32)
+    read = json.loads((tmp_path / "back/adapter_config.json").read_text())
+    assert (read["task_type"], read["modules_to_save"]) == ("SEQ_CLS", ["score"])
 
 
 @pytest.fixture(scope="module")
