@@ -80,6 +80,8 @@ class Batch:
     """Packed documents: where attention begins anew in the whole rows joined end to end, and their length; int32
     (documents + 1,), the same on all context-parallel ranks.
     None: each row is one text, attended to as a whole, and positions count from its start."""
+    bounds: list[int] | None = None
+    """`cu_seqlens`, known without a device; None: the device has to be asked."""
     weight: float | None = None
     """The sum of loss_mask_BS, known without a device; None: `valid_tokens`."""
     read_tokens: int | None = None

@@ -17,6 +17,7 @@ from megatron_steel.data.batch import Batch, Texts
 from megatron_steel.data.chat_dataset import PLANES
 from megatron_steel.data.context import cut
 from megatron_steel.data.pair_dataset import PAIR_PLANES, Role, judged
+from megatron_steel.runtime.device import upload
 
 _, LABEL, WEIGHT, POSITION, ROLE, _ = range(len(PAIR_PLANES))
 # A token that is none: no label, no weight, and a position that no token has.
@@ -108,7 +109,8 @@ class ChatBatchBuilder:
             position_ids_BS=positions.clamp(min=0).long(),
             sources_B=sources_B,
             valid_tokens=int(trained.sum()),
-            cu_seqlens=None if bounds is None else torch.from_numpy(bounds).to(self.device),
+            cu_seqlens=None if bounds is None else upload(torch.from_numpy(bounds), self.device),
+            bounds=None if bounds is None else bounds.tolist(),
             weight=weight if texts is None else judged(texts) / self.context_size,
             read_tokens=int((own[:, POSITION] >= 0).sum()),
             texts=texts,
@@ -124,12 +126,12 @@ class ChatBatchBuilder:
         is_last.reshape(-1)[bounds[1:] - 1] = 1
         counts = np.add.reduceat((labels >= 0).astype(np.float32), begins)
         return Texts(
-            of_token_BS=self._cut(torch.from_numpy(numbers)).to(self.device),
+            of_token_BS=upload(self._cut(torch.from_numpy(numbers)), self.device),
             roles_T=roles[begins],
             rows_T=begins // width,
-            counts_T=torch.from_numpy(counts).to(self.device),
-            is_last_BS=self._cut(torch.from_numpy(is_last)).to(self.device),
-            references_T=torch.from_numpy(references[begins].view(np.float32)).to(self.device),
+            counts_T=upload(torch.from_numpy(counts), self.device),
+            is_last_BS=upload(self._cut(torch.from_numpy(is_last)), self.device),
+            references_T=upload(torch.from_numpy(references[begins].view(np.float32)), self.device),
         )
 
     def _cut(self, whole: torch.Tensor) -> torch.Tensor:
@@ -142,7 +144,7 @@ class ChatBatchBuilder:
 
     def _share(self, host: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The planes of the step on this rank's device, from the reading rank of the group."""
-        data = None if host is None else host.to(self.device, non_blocking=self.device.type != "cpu")
+        data = None if host is None else upload(host, self.device)
         if self.group is None:
             assert data is not None
             return data

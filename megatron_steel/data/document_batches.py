@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_steel.data.batch import PADDING, Batch
 from megatron_steel.data.context import cut
 from megatron_steel.data.documents import document_bounds, positions_from, row_bounds
+from megatron_steel.runtime.device import upload
 
 
 class BatchBuilder:
@@ -105,7 +106,7 @@ class BatchBuilder:
         tokens, labels = self._cut(data[..., :-1]).contiguous(), self._cut(data[..., 1:]).contiguous()
         mask = torch.ones(tokens.shape, device=self.device)
         if not present.all():
-            mask *= torch.from_numpy(present[..., None]).to(self.device)
+            mask *= upload(torch.from_numpy(present[..., None]), self.device)
         if self.eod_mask_loss:
             mask = mask * (tokens != self.eod_id)
         if self.padded:
@@ -116,7 +117,7 @@ class BatchBuilder:
         if not self.reads_data:
             return [self._without_tokens(source, int(count)) for source, count in zip(sources, counts, strict=True)]
         positions = self._cut(torch.arange(self.seq_length, device=self.device)).expand(tokens.shape)
-        bounds: list[torch.Tensor | None] = [None] * len(sources)
+        bounds: list[np.ndarray | None] = [None] * len(sources)
         if self.packs:
             whole, bounds = self._documents((data.cpu() if host is None else host).numpy()[..., :-1])
             positions = self._cut(whole)
@@ -128,7 +129,8 @@ class BatchBuilder:
                 position_ids_BS=positions[i],
                 sources_B=sources[i],
                 valid_tokens=int(counts[i]),
-                cu_seqlens=bounds[i],
+                cu_seqlens=None if (edges := bounds[i]) is None else upload(torch.from_numpy(edges), self.device),
+                bounds=None if edges is None else edges.tolist(),
             )
             for i in range(len(sources))
         ]
@@ -137,25 +139,26 @@ class BatchBuilder:
         """This rank's tokens of whole rows [..., S]."""
         return cut(whole, self.context_rank, self.context_size)
 
-    def _documents(self, tokens: np.ndarray) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    def _documents(self, tokens: np.ndarray) -> tuple[torch.Tensor, list[np.ndarray | None]]:
         """(position ids as `tokens`, attention bounds of each micro-batch) of int64 (micro-batches, B, S).
 
         Computed on the host: the number of documents decides shapes.
         """
         _, rows, length = tokens.shape
-        whole = torch.from_numpy(row_bounds(rows, length)).to(self.device)
+        whole = row_bounds(rows, length)
         positions, bounds = [], []
         for tokens_BS in tokens:
-            documents = torch.from_numpy(document_bounds(tokens_BS, self.eod_id)).to(self.device)
+            documents = document_bounds(tokens_BS, self.eod_id)
             bounds.append(documents if self.reset_attention_mask else whole)
-            positions.append(positions_from(documents if self.reset_position_ids else whole, rows * length))
+            begins = upload(torch.from_numpy(documents if self.reset_position_ids else whole), self.device)
+            positions.append(positions_from(begins, rows * length))
         return torch.stack(positions).view(tokens.shape), bounds
 
     def _share(self, host: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The tokens of the step on this rank's device, from the reading rank of the group."""
         if self.is_reader:
             assert host is not None
-            data = host.to(self.device, non_blocking=self.device.type != "cpu")
+            data = upload(host, self.device)
         else:
             data = torch.empty((*shape, self.seq_length + 1), dtype=torch.int64, device=self.device)
         if self.group is not None:

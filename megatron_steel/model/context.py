@@ -16,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_steel.data.context import chunk_numbers, cut
+from megatron_steel.model.packed import host_bounds
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Causal attention of query [B, N, Q, D], the last Q of K positions, to key and value [B, G, K, D]."""
@@ -83,7 +84,7 @@ def packed_context_attention(
 
     ``packed.cu_seqlens_q`` are the bounds in whole rows, ``packed.max_seqlen_q`` is the length of one.
     """
-    length, bounds = packed.max_seqlen_q, packed.cu_seqlens_q.tolist()
+    length, bounds = packed.max_seqlen_q, host_bounds(packed)
     share = length // group.size()
     rows_second = (x.unflatten(0, (-1, share)).transpose(0, 1) for x in (key, value))
     whole_key, whole_value = (x.transpose(0, 1).flatten(0, 1) for x in gather_pair(*rows_second, group))

@@ -10,12 +10,27 @@ import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_steel.model.window import causal_attention
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Where documents begin, as megatron-core wants it on the device, and for who needs it on the host."""
+
+    bounds: list[int] | None = None
+    """`cu_seqlens_q`."""
+
+
+def host_bounds(packed: PackedSeqParams) -> list[int]:
+    """``packed.cu_seqlens_q``; waits for the device only where the host was not told."""
+    known = getattr(packed, "bounds", None)
+    return packed.cu_seqlens_q.tolist() if known is None else known
 
 
 def packed_attention(
@@ -34,7 +49,7 @@ def packed_attention(
     """
     kernel = None if query.is_cpu or query.dtype == torch.float32 or dropout else varlen_kernel()
     if kernel is None:
-        return document_attention(query, key, value, packed.cu_seqlens_q.tolist(), dropout, scale, window)
+        return document_attention(query, key, value, host_bounds(packed), dropout, scale, window)
     return kernel(
         query,
         key,

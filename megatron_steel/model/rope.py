@@ -110,7 +110,7 @@ class RotaryTable(RotaryEmbedding):
         tables = [frequencies(self.size, offset + max_seq_len)]
         if self.size.rotary_base_local is not None:
             tables.append(plain_frequencies(self.size.rotary_base_local, head_width(self.size)))
-        angles = [torch.outer(positions, table.to(positions.device)) for table in tables]
+        angles = [torch.outer(positions, device.upload(table, positions.device)) for table in tables]
         return torch.cat([half for each in angles for half in (each, each)], -1)[:, None, None, :]
 
 

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_steel.data.batch import Batch, valid_tokens
 from megatron_steel.model.build import Model
+from megatron_steel.model.packed import PackedDocuments
 from megatron_steel.runtime.world import World
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -42,7 +42,7 @@ def token_share(losses_BS: Tensor, batch: Batch, step_weight: float) -> LossOutp
     return by_sample_B.sum() / step_weight, torch.zeros((), dtype=torch.int), report
 
 
-def packed_documents(batch: Batch, context_size: int = 1) -> PackedSeqParams | None:
+def packed_documents(batch: Batch, context_size: int = 1) -> PackedDocuments | None:
     """How attention is to be cut in a micro-batch; None where each row is one text.
 
     The greatest length is that of a row, which no document exceeds: the same number in each step asks no device.
@@ -50,7 +50,8 @@ def packed_documents(batch: Batch, context_size: int = 1) -> PackedSeqParams | N
     if batch.cu_seqlens is None:
         return None
     longest = batch.tokens_BS.shape[1] * context_size
-    return PackedSeqParams(
+    return PackedDocuments(
+        bounds=batch.bounds,
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
@@ -163,15 +164,18 @@ class NextToken:
 def measure_step(world: World, batches: Sequence[Batch], equal_ranks: bool) -> StepSize:
     """How much the step over this and all other ranks' micro-batches trains.
 
-    ``equal_ranks`` says that every rank that has other tokens has as many, which saves the question.
+    ``equal_ranks`` says that every rank that has other tokens has as many, which saves the question. Otherwise hosts
+    ask each other, so that nobody waits for a device that is still busy with the step before.
     """
     mine, ranks = valid_tokens(batches), world.data_size * world.context_size
     if equal_ranks:
         return StepSize(trained=mine * ranks, weight=mine * ranks)
     weight = sum(batch.valid_tokens if batch.weight is None else batch.weight for batch in batches)
     read = [batch.read_tokens for batch in batches if batch.read_tokens is not None]
-    sums = torch.tensor([mine, weight, sum(read)], dtype=torch.float64, device=world.device)
+    sums = torch.tensor([mine, weight, sum(read)], dtype=torch.float64)
     if ranks > 1:
-        torch.distributed.all_reduce(sums, group=world.data_context_group)
+        # Ranks that share samples know the same: one of them counts.
+        sums *= world.tensor_rank == world.pipeline_rank == 0
+        torch.distributed.all_reduce(sums, group=world.host_group)
     trained, weight, tokens = sums.tolist()
     return StepSize(trained=int(trained), weight=weight, read_tokens=int(tokens) if read else None)

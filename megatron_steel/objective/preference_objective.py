@@ -20,6 +20,7 @@ from megatron_steel.model.lora import adapters_off
 from megatron_steel.objective.language import BY_SAMPLE, LossOutput, run_micro_batches, sum_over_ranks
 from megatron_steel.objective.preference import Answers, judge_pairs, kto_drift, kto_loss, reward_loss
 from megatron_steel.objective.texts import TextLogps, text_logps, text_scores
+from megatron_steel.runtime.device import upload
 from megatron_steel.runtime.world import World
 
 
@@ -56,7 +57,7 @@ def report(
     Context-parallel ranks report the same units: each a share of them.
     """
     share = 1.0 / world.context_size
-    row_P = torch.from_numpy(texts.rows_T).to(losses_P.device)[units]
+    row_P = upload(torch.from_numpy(texts.rows_T), losses_P.device)[units]
     ones = torch.ones_like(losses_P)
     columns = (losses_P.detach(), ones, texts.counts_T[units])
     by_row = [losses_P.new_zeros(rows).index_add(0, row_P, column * share) for column in columns]
@@ -66,7 +67,7 @@ def report(
 
 def numbers(texts: Texts, roles: Sequence[Role], where: torch.device) -> Tensor:
     """The texts with one of the roles, int64 [P]."""
-    return torch.from_numpy(np.flatnonzero(np.isin(texts.roles_T, roles))).to(where)
+    return upload(torch.from_numpy(np.flatnonzero(np.isin(texts.roles_T, roles))), where)
 
 
 class PreferenceObjective:
@@ -151,7 +152,7 @@ class JudgedObjective(PreferenceObjective):
             assert batch.texts is not None
             others = numbers(batch.texts, [Role.MISMATCHED], logps_T.device)
             ratios_P = (logps_T - batch.texts.references_T)[others].double()
-            sums += torch.stack([ratios_P.sum(), ratios_P.new_tensor(len(others))]) / world.context_size
+            sums += torch.stack([ratios_P.sum(), ratios_P.new_full((), len(others))]) / world.context_size
         ratio, count = sum_over_ranks(world, sums)
         self.drift = kto_drift(ratio, count).float()
 
@@ -162,7 +163,7 @@ class JudgedObjective(PreferenceObjective):
         logps_T = text_logps(losses_BS, batch, self.world.context_group)
         units = numbers(texts, [Role.DESIRABLE, Role.UNDESIRABLE], logps_T.device)
         own = answers(logps_T, texts, units)
-        good_P = torch.from_numpy(texts.roles_T == Role.DESIRABLE).to(units.device)[units]
+        good_P = upload(torch.from_numpy(texts.roles_T == Role.DESIRABLE), units.device)[units]
         losses_P = kto_loss(own, good_P, self.drift, self.options)
         rewards_P = self.options.beta * own.ratios_P.detach()
         signed_P = torch.where(good_P, rewards_P, -rewards_P)

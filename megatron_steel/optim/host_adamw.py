@@ -24,10 +24,16 @@ class HostAdamW(torch.optim.AdamW):
     without a GPU takes anyway.
     """
 
+    found_inf: Tensor | None = None
+    """1 where the coming step is to be skipped, a scalar of any device; None: it is not."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all weights that have a gradient. Returns what ``closure`` returns, if there is one."""
         loss = None if closure is None else closure()
+        # Gradients come down to the host here: there is nothing to be won by not asking.
+        if self.found_inf is not None and self.found_inf.item():
+            return loss
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    distrib_optimizer,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_steel.config.check_precision import compute_type
 from megatron_steel.config.schema import Config
-from megatron_steel.config.schema import OptimizerConfig as OptimizerOptions
 from megatron_steel.model.build import Model
 from megatron_steel.model.fully_sharded import is_sharded
 from megatron_steel.optim.fully_sharded import shard_optimizer
 from megatron_steel.optim.host_adamw import allow_loading, keep_moments_on_host
-from megatron_steel.optim.loss_scale import add_loss_scale, move_scale
+from megatron_steel.optim.loss_scale import add_loss_scale, move_scale, scale_of
 from megatron_steel.runtime import device
 
 NO_DECAY = "without_weight_decay"
@@ -36,6 +40,7 @@ def mark_parameters(model: Model, decay_embeddings: bool) -> None:
 def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
     """The optimizer of a model built for training; learning rate and decay are set anew at every step."""
     options, parallel = config.optimizer, config.parallel
+    use_torch_adamw()
     mark_parameters(model, options.decay_embeddings)
     settings = OptimizerConfig(
         optimizer="adam",
@@ -61,20 +66,20 @@ def build_optimizer(config: Config, model: Model) -> ChainedOptimizer:
         return shard_optimizer(optimizer, settings, model.chunks[0].shard_group)
     if config.training.fp16:
         add_loss_scale(config.training, optimizer, model)
-    if config.training.pure_bf16:
-        keep_moments_narrow(optimizer, options)
     if options.optimizer_cpu_offload:
         keep_moments_on_host(optimizer)
     allow_loading(optimizer)
     return optimizer
 
 
-def keep_moments_narrow(optimizer: ChainedOptimizer, options: OptimizerOptions) -> None:
-    """Moments in the type of the weights, which torch's AdamW keeps and Transformer Engine's does not."""
-    betas = (options.adam_beta1, options.adam_beta2)
-    for part in optimizer.chained_optimizers:
-        if part.optimizer is not None:
-            part.optimizer = torch.optim.AdamW(part.optimizer.param_groups, options.lr, betas, options.adam_eps)
+def use_torch_adamw() -> None:
+    """Make megatron-core take torch's AdamW, also where it finds that of Transformer Engine or Apex.
+
+    torch's skips a step by a number on the device, keeps moments in the type of the weights, and counts its steps for
+    each weight: with one class a checkpoint does not depend on what is installed.
+    """
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = False
 
 
 def set_rates(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
@@ -105,32 +110,65 @@ def square_sum(values: Tensor) -> Tensor:
     return total
 
 
-def gradient_norm(optimizer: ChainedOptimizer) -> float:
-    """L2 norm of all gradients of the whole model, each counted once; the same on every rank."""
-    total = 0.0
+def square_sums(grads: list[Tensor]) -> Tensor:
+    """Sum of squares over all ``grads`` as a float64 scalar on their device."""
+    where = device.device()
+    if where.type != "cpu" and any(grad.numel() for grad in grads):
+        # A GPU adds up in a tree: one launch over all gradients is exact enough, and there are hundreds of them.
+        norms = torch._foreach_norm([grad for grad in grads if grad.numel()], 2, dtype=torch.float32)
+        return torch.stack(norms).double().square().sum()
+    squares = torch.zeros((), dtype=torch.float64, device=where)
+    for grad in grads:
+        squares += square_sum(grad)
+    return squares
+
+
+def gradient_norm(optimizer: ChainedOptimizer) -> Tensor:
+    """L2 norm of all gradients of the whole model, each counted once: a float64 scalar, the same on every rank.
+
+    It stays on the device, so that nobody waits for the backward pass here.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device.device())
     for part in optimizer.chained_optimizers:
-        squares = torch.zeros((), dtype=torch.float64, device=device.device())
-        for grad in part.get_main_grads_for_grad_norm():
-            squares += square_sum(grad)
+        squares = square_sums(part.get_main_grads_for_grad_norm())
         torch.distributed.all_reduce(squares, group=part.get_grad_stats_parallel_group())
-        total += squares.item()
-    return math.sqrt(total)
+        total += squares
+    return total.sqrt()
+
+
+def scale_gradients(optimizer: ChainedOptimizer, factor: Tensor) -> None:
+    """Multiply all gradients by an fp32 scalar on their device."""
+    grads = [p.grad for part in optimizer.chained_optimizers for p in part.get_parameters() if p.grad is not None]
+    exact = [grad for grad in grads if grad.dtype == torch.float32]
+    if exact:
+        torch._foreach_mul_(exact, factor)
+    for grad in grads:
+        if grad.dtype != torch.float32:
+            # A scalar tensor would be rounded to the type of the gradient before the product.
+            grad.copy_(grad.float() * factor)
 
 
 @torch.no_grad()
-def update(optimizer: ChainedOptimizer, clip_grad: float) -> tuple[float, bool]:
+def update(optimizer: ChainedOptimizer, clip_grad: float) -> tuple[Tensor, Tensor]:
     """Clip the reduced gradients and step: (global gradient norm before clipping, whether the weights moved).
 
-    The norm is taken over all ranks, so every rank sees the same value and a norm that is not finite is skipped by
-    all of them alike. What a part of the optimizer finds by itself in fp16 is not asked: other ranks may find nothing.
+    Both are scalars on the device (float64, bool), which decides by itself: torch's AdamW leaves weights, moments and
+    step counts as they are where ``found_inf`` is 1, and what copies weights afterwards copies the same ones. Only the
+    loss scale of fp16 asks the device in every step. The norm is taken over all ranks, so every rank sees the same
+    value and a norm that is not finite is skipped by all of them alike. What a part of the optimizer finds by itself
+    in fp16 is not asked: other ranks may find nothing.
     """
     optimizer.prepare_grads()
     grad_norm = gradient_norm(optimizer)
-    finite = math.isfinite(grad_norm)
-    move_scale(optimizer, overflow=not finite)
-    if not finite:
-        return grad_norm, False
-    if 0.0 < clip_grad < grad_norm + NORM_EPSILON:
-        grads = [p.grad for part in optimizer.chained_optimizers for p in part.get_parameters() if p.grad is not None]
-        torch._foreach_mul_(grads, clip_grad / (grad_norm + NORM_EPSILON))
-    return grad_norm, bool(optimizer.step_with_ready_grads())
+    finite = grad_norm.isfinite()
+    if scale_of(optimizer) is not None:
+        move_scale(optimizer, overflow=not finite.item())
+    if clip_grad > 0.0:
+        most = grad_norm.new_full((), clip_grad)
+        scale_gradients(optimizer, (most / (grad_norm + NORM_EPSILON)).clamp(max=1.0).float())
+    skip = (~finite).float()
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            part.optimizer.found_inf = skip
+    optimizer.step_with_ready_grads()
+    return grad_norm, finite

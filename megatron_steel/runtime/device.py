@@ -74,6 +74,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def upload(values: torch.Tensor, where: torch.device) -> torch.Tensor:
+    """Copy a small host tensor to the device of this rank without waiting for what the device still has to do.
+
+    From ordinary memory a copy waits for all work before it. PyTorch keeps pinned memory and gives it out anew only
+    when the copy from it has ended.
+    """
+    return values if where.type == "cpu" else values.pin_memory().to(where, non_blocking=True)
+
+
 def empty_cache() -> None:
     """Give cached device memory back."""
     if has_gpu():

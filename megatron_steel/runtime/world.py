@@ -196,7 +196,9 @@ def barrier(world: World) -> None:
 
 
 def agree(world: World, flag: bool) -> bool:
-    """Whether any rank says yes; the same answer on every rank."""
+    """Whether any rank says yes; the same answer on every rank. Hosts talk: nobody waits for a device."""
+    if world.size == 1:
+        return flag
     votes = torch.tensor([int(flag)])
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=world.host_group)
     return bool(votes.item())

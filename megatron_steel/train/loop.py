@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
@@ -52,6 +54,8 @@ class Session:
     """Sums of loss, weights and trained labels of each source since the last report, [sources, 3]."""
     token_sums: Tensor
     """Trained tokens of each source since the run began, [sources] float64."""
+    skipped: Tensor
+    """Steps without an update that `state` does not count yet, an int64 scalar on the device."""
     valid_loaders: Mapping[str, ValidLoader | ValidRollouts]
     byte_lengths: np.ndarray
     state: TrainState
@@ -91,12 +95,12 @@ def take_step(session: Session) -> None:
         )
         for _ in range(config.preference.grpo_iterations)
     ]
-    result, updated = results[-1], all(result.updated for result in results)
+    result, updated = results[-1], torch.stack([one.updated for one in results]).all()
     samples = session.loader.sizes.at(state.consumed_samples)
     state.iteration += 1
     state.consumed_samples += samples
     state.consumed_tokens += size.trained
-    state.skipped_iterations += not updated
+    session.skipped += ~updated
     session.loss_sums += sum(result.loss_sums for result in results)
     session.token_sums += result.loss_sums[:, 2]
     for number, name in enumerate(session.objective.metric_names):
@@ -113,7 +117,7 @@ def take_step(session: Session) -> None:
     session.recorder.record("global_batch_size", samples, "last")
     if size.read_tokens is not None:
         session.recorder.record("trained_token_share", size.trained / size.read_tokens)
-    session.recorder.record("nan_iterations", int(not updated), "sum")
+    session.recorder.record("nan_iterations", ~updated, "sum")
 
 
 def mean_losses(session: Session) -> dict[str, Any]:
@@ -141,6 +145,21 @@ def seen_by_source(session: Session) -> dict[str, dict[str, Any]]:
     }
 
 
+def skipped_steps(session: Session) -> int:
+    """Steps without an update so far, those that the device has counted since included; waits for the device."""
+    session.state.skipped_iterations += int(session.skipped)
+    session.skipped.zero_()
+    return session.state.skipped_iterations
+
+
+@contextmanager
+def paused(session: Session) -> Iterator[None]:
+    """Time in here is no training time; what the device still has to train is done before it begins."""
+    device.synchronize()
+    with session.throughput.pause():
+        yield
+
+
 def report(session: Session) -> None:
     """Write one row of training metrics to every sink."""
     state = session.state
@@ -161,7 +180,7 @@ def report(session: Session) -> None:
             **row,
             "global_batch_size": int(row["global_batch_size"]),
             **session.throughput.lap(state.iteration, state.consumed_samples),
-            "skipped_iterations": state.skipped_iterations,
+            "skipped_iterations": skipped_steps(session),
             "peak_memory_bytes": device.peak_memory_bytes(),
         }
     )
@@ -171,7 +190,7 @@ def evaluate_all(session: Session) -> None:
     """Score every validation set and write one row for each; of several sets also one without a name for all."""
     head = {"iteration": session.state.iteration, "split": "valid"}
     results: list[HeldOutResult] = []
-    with session.throughput.pause():
+    with paused(session):
         for name, loader in session.valid_loaders.items():
             if session.objective.metric_names:
                 scored = evaluate_objective(session.model, loader, session.objective, session.world)
@@ -188,7 +207,7 @@ def compare_replicas(session: Session) -> None:
     """Compare the weights of all replicas unless that was done after this iteration."""
     if session.last_compared == session.state.iteration:
         return
-    with session.throughput.pause():
+    with paused(session):
         check_replicas(session.model, session.world, session.state.iteration)
     session.last_compared = session.state.iteration
 
@@ -203,9 +222,10 @@ def save(session: Session) -> None:
         return
     if session.config.training.check_weight_hash_across_dp_replicas_interval is not None:
         compare_replicas(session)
+    state.skipped_iterations = skipped_steps(session)
     state.world_size = session.world.size
     state.consumed_tokens_by_source = seen_by_source(session)["consumed_tokens_by_source"]
-    with session.throughput.pause():
+    with paused(session):
         store.save(
             Path(options.save),
             session.model,

@@ -187,6 +187,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         source_names=[source.name for source in sources],
         loss_sums=torch.zeros(len(sources), 3, dtype=torch.float64, device=world.device),
         token_sums=torch.tensor(tokens_before, dtype=torch.float64, device=world.device),
+        skipped=torch.zeros((), dtype=torch.int64, device=world.device),
         valid_loaders=valid_loaders,
         byte_lengths=prepared.tokenizer.byte_lengths(),
         state=state,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
@@ -15,20 +16,21 @@ from megatron_steel.model.moe import prepare_balance
 from megatron_steel.objective.language import BY_SAMPLE, Objective, run_micro_batches, sum_over_ranks
 from megatron_steel.optim.loss_scale import loss_scale
 from megatron_steel.optim.optimizer import set_rates, update
+from megatron_steel.runtime.device import upload
 from megatron_steel.runtime.world import World
 
 
 @dataclass(kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step did; the same on every rank."""
+    """What one optimizer step did; the same on every rank. What is a tensor is on the device: reading it waits."""
 
     loss_sums: Tensor
     """Weighted sum of the loss, sum of the weights and trained labels of each source, [sources, 3] float64 on the
     device."""
-    grad_norm: float
-    """Global gradient norm before clipping."""
-    updated: bool
-    """False when the gradient was not finite and the weights were left alone."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping, a float64 scalar."""
+    updated: Tensor
+    """Whether the gradient was finite; where it was not, the weights were left alone. A bool scalar."""
     metric_sums: Tensor
     """What the objective reports, summed over the step, float64."""
     loss_scale: float | None
@@ -38,9 +40,10 @@ class StepResult:
 def sum_losses(world: World, outputs: Sequence[dict[str, Tensor]], batches: Sequence[Batch], sources: int) -> Tensor:
     """`StepResult.loss_sums` of the whole step, on every rank."""
     sums = torch.zeros(sources, 3, dtype=torch.float64, device=world.device)
-    for output, batch in zip(outputs, batches, strict=False):
-        source_B = torch.from_numpy(batch.sources_B).to(world.device)
-        sums.index_add_(0, source_B, torch.stack([output[name].double() for name in BY_SAMPLE], -1))
+    if outputs:
+        rows = [torch.stack([output[name].double() for name in BY_SAMPLE], -1) for output in outputs]
+        numbers = upload(torch.from_numpy(np.concatenate([batch.sources_B for batch in batches])), world.device)
+        sums.index_add_(0, numbers, torch.cat(rows))
     return sum_over_ranks(world, sums)
 
 

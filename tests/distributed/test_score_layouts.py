@@ -84,7 +84,7 @@ def work_steps(flat: dict[str, Any], load: str | None, save: str | None, steps: 
         for output in outputs:
             total += output["loss"].double()
         trace.losses.append(sum_over_ranks(world, total).item())
-        trace.grad_norms.append(norm)
+        trace.grad_norms.append(norm.item())
     model.gather_parameters()
     trace.tensor_rank, trace.expert_tensor_rank = world.tensor_rank, world.expert_tensor_rank
     for module in model.language_models():

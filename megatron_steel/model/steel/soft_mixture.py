@@ -37,6 +37,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_steel.config.families.steel import expert_width
 from megatron_steel.config.schema import ModelConfig
+from megatron_steel.model.packed import host_bounds
 from megatron_steel.model.steel.experts import ExpertOutputs
 from megatron_steel.model.steel.prefix import PrefixMeans, prefix_means, prefix_totals
 
@@ -216,7 +217,7 @@ class SoftMixture(MegatronModule):
         combine = logits.softmax(-1).unflatten(-1, directions.shape[1:])[..., self.mine, :]
         exponents = (logits - self.scale.detach().abs()).clamp_min(LEAST_EXPONENT)
         weights = exponents.exp().unflatten(-1, directions.shape[1:])[..., self.mine, :]
-        bounds = (0, x.shape[0]) if packed is None else tuple(packed.cu_seqlens_q.tolist())
+        bounds = (0, x.shape[0]) if packed is None else tuple(host_bounds(packed))
         projected = self.experts.first(x)
         # Slots of one expert share its first matrix; slots are told apart by their weights.
         parts = []
