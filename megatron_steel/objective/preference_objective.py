@@ -17,9 +17,10 @@ from megatron_steel.data.batch import Batch, Texts
 from megatron_steel.data.pair_dataset import Role
 from megatron_steel.model.build import Model
 from megatron_steel.model.lora import adapters_off
+from megatron_steel.model.mean_logits import MeanLogits
 from megatron_steel.objective.language import BY_SAMPLE, LossOutput, run_micro_batches, sum_over_ranks
 from megatron_steel.objective.preference import Answers, judge_pairs, kto_drift, kto_loss, reward_loss
-from megatron_steel.objective.texts import TextLogps, text_logps, text_scores
+from megatron_steel.objective.texts import TextLogps, text_logps, text_scores, text_sums
 from megatron_steel.runtime.device import upload
 from megatron_steel.runtime.world import World
 
@@ -87,13 +88,16 @@ class PreferenceObjective:
         "logps/rejected",
         "logratios/chosen",
         "logratios/rejected",
+        "logits/chosen",
+        "logits/rejected",
         "tokens/chosen",
         "tokens/rejected",
     )
     watched: tuple[str, str] | None = ("rewards/chosen", "rewards/rejected")
 
-    def __init__(self, options: PreferenceConfig, world: World, live: Model | None) -> None:
+    def __init__(self, options: PreferenceConfig, world: World, model: Model, live: Model | None) -> None:
         self.options, self.world, self.live = options, world, live
+        self.logits = MeanLogits(model)
 
     def begin_step(self, model: Model, batches: Sequence[Batch], world: World) -> None:
         """Ask the live model for references, if there is one."""
@@ -115,10 +119,18 @@ class PreferenceObjective:
         metrics = (
             *(good_P, bad_P, margins_P, (margins_P > 0).float()),
             *(chosen.policy_P, rejected.policy_P, chosen.ratios_P, rejected.ratios_P),
+            *self.mean_logits(batch, units, units + 1),
             *(chosen.counts_P, rejected.counts_P),
         )
         reported = report(losses_P, metrics, texts, units, self.world, len(batch.sources_B))
         return losses_P.sum() / step_weight, torch.zeros((), dtype=torch.int), reported
+
+    def mean_logits(self, batch: Batch, *units: Tensor) -> Iterator[Tensor]:
+        """Of the texts with these numbers, the mean logit over their trained tokens and the vocabulary, [P] each."""
+        texts, newest_BS = batch.texts, self.logits.newest_BS
+        assert texts is not None and newest_BS is not None
+        sums_T = text_sums(newest_BS, batch, self.world.context_group)
+        return (sums_T[numbers_P] / texts.counts_T[numbers_P] for numbers_P in units)
 
 
 class JudgedObjective(PreferenceObjective):
@@ -135,13 +147,14 @@ class JudgedObjective(PreferenceObjective):
         "rewards/accuracies",
         "logps/policy",
         "logps/ratio",
+        "logits/policy",
         "kl",
         "tokens/answer",
     )
     watched = ("rewards/desirable", "rewards/undesirable")
 
-    def __init__(self, options: PreferenceConfig, world: World, live: Model | None) -> None:
-        super().__init__(options, world, live)
+    def __init__(self, options: PreferenceConfig, world: World, model: Model, live: Model | None) -> None:
+        super().__init__(options, world, model, live)
         self.drift = torch.zeros((), device=world.device)
 
     def begin_step(self, model: Model, batches: Sequence[Batch], world: World) -> None:
@@ -171,7 +184,8 @@ class JudgedObjective(PreferenceObjective):
         right_P = (signed_P > self.options.beta * torch.where(good_P, self.drift, -self.drift)).float()
         metrics = (
             *(desirable_P, undesirable_P, signed_P, right_P),
-            *(own.policy_P, own.ratios_P, self.drift.expand_as(rewards_P), own.counts_P),
+            *(own.policy_P, own.ratios_P, *self.mean_logits(batch, units)),
+            *(self.drift.expand_as(rewards_P), own.counts_P),
         )
         reported = report(losses_P, metrics, texts, units, self.world, len(batch.sources_B))
         return losses_P.sum() / step_weight, torch.zeros((), dtype=torch.int), reported

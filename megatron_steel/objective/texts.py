@@ -14,17 +14,22 @@ from megatron_steel.data.batch import Batch
 from megatron_steel.objective.language import LossOutput
 
 
-def text_logps(losses_BS: Tensor, batch: Batch, context_group: ProcessGroup) -> Tensor:
-    """Log-probability [T] of the trained tokens of each text, nats, float32, from the losses of tokens.
+def text_sums(values_BS: Tensor, batch: Batch, context_group: ProcessGroup) -> Tensor:
+    """Sum [T] of a number of each token over the trained tokens of each text, float32.
 
     Each context-parallel rank has a part of a text's tokens and gets the sum of all; the gradient of that sum reaches
     each part once, because every rank computes the same loss from it.
     """
     assert batch.texts is not None
-    losses_BS = losses_BS.reshape(batch.loss_mask_BS.shape).float() * batch.loss_mask_BS
+    values_BS = values_BS.reshape(batch.loss_mask_BS.shape).float() * batch.loss_mask_BS
     texts = len(batch.texts.roles_T)
-    sums_T = losses_BS.new_zeros(texts).index_add(0, batch.texts.of_token_BS.flatten(), -losses_BS.flatten())
+    sums_T = values_BS.new_zeros(texts).index_add(0, batch.texts.of_token_BS.flatten(), values_BS.flatten())
     return reduce_from_tensor_model_parallel_region(sums_T, context_group) if context_group.size() > 1 else sums_T
+
+
+def text_logps(losses_BS: Tensor, batch: Batch, context_group: ProcessGroup) -> Tensor:
+    """Log-probability [T] of the trained tokens of each text, nats, float32, from the losses of tokens."""
+    return text_sums(-losses_BS, batch, context_group)
 
 
 def text_scores(scores_BS: Tensor, batch: Batch, context_group: ProcessGroup) -> Tensor:

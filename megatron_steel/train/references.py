@@ -122,4 +122,4 @@ def preference_objective(
     elif prepared.reference is not None:
         live = model if options.reference == "lora-base" else live_model(prepared, world)
     kinds = {"kto": JudgedObjective, "rm": ScoreObjective}
-    return kinds.get(options.loss_type, PreferenceObjective)(options, world, live)
+    return kinds.get(options.loss_type, PreferenceObjective)(options, world, model, live)
