@@ -81,7 +81,6 @@ KNOWN_FLAGS: dict[str, str] = {
     "no-bias-gelu-fusion": BACKEND,
     "no-bias-dropout-fusion": BACKEND,
     "no-persist-layer-norm": BACKEND,
-    "no-gradient-accumulation-fusion": ALWAYS_ON,
     "accumulate-allreduce-grads-in-fp32": ALWAYS_ON,
     "grad-reduce-in-bf16": "gradients are summed in fp32",
     "calculate-per-token-loss": ALWAYS_ON,

@@ -130,6 +130,8 @@ class TrainingConfig:
     """Iterations between comparisons of the replicas' weights; where they differ the run ends and saves nothing."""
     deterministic_mode: bool = False
     """Compute only what gives the same bits again, and stop at what does not; a CPU does so without, a GPU not."""
+    gradient_accumulation_fusion: bool = True
+    """Let the product that computes a weight's gradient add it to the main gradient."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 main weights and gradients; fp32 otherwise."""
     fp8_format: Fp8Format | None = None

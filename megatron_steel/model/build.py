@@ -33,6 +33,7 @@ from megatron_steel.model.rope import add_rotary_table
 from megatron_steel.model.score import set_score_layer
 from megatron_steel.model.spec import layer_spec
 from megatron_steel.model.trained import choose_trained
+from megatron_steel.model.weight_gradients import fuse_weight_gradients
 from megatron_steel.runtime.world import World
 
 # Parameters per gradient bucket when reduction overlaps the backward pass: megatron-core's own choice.
@@ -185,6 +186,8 @@ def wrap_data_parallel(
         # Only the first chunk of a pipeline stage has its gradients reduced during the backward pass of others.
         wrapped.append(DistributedDataParallel(options, settings, module, disable_bucketing=index > 0))
         save_padding(wrapped[-1])
+    if config.training.gradient_accumulation_fusion:
+        fuse_weight_gradients(options, wrapped)
     if parallel.overlap_grad_reduce:
         # Without it megatron-core counts a parameter's gradients in the first step, and reduces once there are as many:
         # too early, without the rest, in a step of more micro-batches than the first.
