@@ -103,6 +103,7 @@ def check_ranges(config: Config) -> None:
         (config.data, ("seed",)),
         (options, ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2")),
         (config.checkpoint, ("ckpt_step",)),
+        (config.training, ("manual_gc_interval",)),
     ):
         for name in names:
             value = getattr(group, name)
@@ -301,6 +302,8 @@ def settings_without_effect(config: Config, world_size: int) -> list[str]:
     if config.training.allow_non_causal_softmoe and config.size.ffn_type not in ("softmoe_v2", "softmoe_v3"):
         notes.append("--allow-non-causal-softmoe has no effect without --ffn-type softmoe_v2 or softmoe_v3")
     notes += rope_without_effect(config.size) + precision_notes(config)
+    if config.training.manual_gc_interval and not config.training.manual_gc:
+        notes.append("--manual-gc-interval has no effect without --manual-gc")
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if config.training.check_weight_hash_across_dp_replicas_interval and world_size == model_ranks:
         notes.append("--check-weight-hash-across-dp-replicas-interval has no effect: there is one replica")

@@ -63,7 +63,6 @@ KNOWN_FLAGS: dict[str, str] = {
     "use-megatron-fsdp": "use --use-torch-fsdp2",
     "cross-entropy-loss-fusion": "each backend brings its own; remove the flag",
     "cross-entropy-fusion-impl": "each backend brings its own; Transformer Engine's is refused (wrong gradients)",
-    "manual-gc": NOT_YET,
     "profile": NOT_YET,
     "squared-relu": "no family here uses it; see --activation",
     "quick-geglu": "no family here uses it; see --activation",

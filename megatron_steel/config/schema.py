@@ -130,6 +130,10 @@ class TrainingConfig:
     """Iterations between comparisons of the replicas' weights; where they differ the run ends and saves nothing."""
     deterministic_mode: bool = False
     """Compute only what gives the same bits again, and stop at what does not; a CPU does so without, a GPU not."""
+    manual_gc: bool = False
+    """Run Python's garbage collector after the first step and before evaluation and saving, else never."""
+    manual_gc_interval: int = 0
+    """With --manual-gc, run it every so many iterations too; 0: no."""
     gradient_accumulation_fusion: bool = True
     """Let the product that computes a weight's gradient add it to the main gradient."""
     bf16: bool = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import platform
 import resource
 import sys
@@ -57,8 +56,6 @@ def bind(local_rank: int) -> torch.device:
         raise ValueError(
             f"local rank {local_rank} has no GPU, this machine shows {count}: start at most {count} per node"
         )
-    # megatron-core overlaps its communication by the order of launches, which needs a single hardware queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -42,12 +42,12 @@ WARNINGS: tuple[Message, ...] = (
     Message(
         r"megatron\.core\.tensor_parallel\.layers",
         "When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
-        "device.bind sets it on a GPU, and on the host there are no connections",
+        "environment.py sets it on a GPU, and on the host there are no connections",
     ),
     Message(
         r"megatron\.core\.tensor_parallel\.layers",
         "When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
-        "device.bind sets it on a GPU, and on the host there are no connections",
+        "environment.py sets it on a GPU, and on the host there are no connections",
     ),
     Message(
         r"megatron\.core\.transformer\.transformer_config",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_steel.runtime import cpu, device
+from megatron_steel.runtime import cpu, device, environment
 from megatron_steel.runtime.random_state import rng_state, seed_everything, set_rng_state
 
 T = TypeVar("T")
@@ -99,6 +99,8 @@ def start(
             f"{size} ranks cannot hold replicas of {model_ranks} ranks (tensor {tensor_model_parallel_size} x pipeline "
             f"{pipeline_model_parallel_size} x context {context_parallel_size}): start a multiple of {model_ranks}"
         )
+    if device.has_gpu():
+        environment.prepare(single_queue=tensor_model_parallel_size > 1 or context_parallel_size > 1)
     where = device.bind(local_rank)
     threads = set_threads(local_size) if where.type == "cpu" else torch.get_num_threads()
     if where.type == "cpu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from megatron_steel.objective.language import Objective, measure_step
 from megatron_steel.optim.schedule import learning_rate
 from megatron_steel.runtime import device
 from megatron_steel.runtime import world as runtime
+from megatron_steel.runtime.garbage import Collector
 from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
+from megatron_steel.train.out_of_memory import explained
 from megatron_steel.train.replicas import check_replicas
 from megatron_steel.train.rollouts import RolloutLoader, ValidRollouts
 from megatron_steel.train.step import train_step
@@ -66,6 +68,7 @@ class Session:
     write_extras: Callable[[Path], None]
     started: float
     """``time.monotonic`` at the start of the job."""
+    collector: Collector = field(default_factory=Collector)
     watch: RewardWatch | None = None
     """Looks for rewards that collapse."""
     last_saved: int = -1
@@ -153,10 +156,12 @@ def skipped_steps(session: Session) -> int:
 
 
 @contextmanager
-def paused(session: Session) -> Iterator[None]:
+def paused(session: Session, what: str) -> Iterator[None]:
     """Time in here is no training time; what the device still has to train is done before it begins."""
     device.synchronize()
-    with session.throughput.pause():
+    what = f"{what} after iteration {session.state.iteration}"
+    with session.throughput.pause(), explained(what, session.config, session.world):
+        session.collector.collect()
         yield
 
 
@@ -190,7 +195,7 @@ def evaluate_all(session: Session) -> None:
     """Score every validation set and write one row for each; of several sets also one without a name for all."""
     head = {"iteration": session.state.iteration, "split": "valid"}
     results: list[HeldOutResult] = []
-    with paused(session):
+    with paused(session, "evaluation"):
         for name, loader in session.valid_loaders.items():
             if session.objective.metric_names:
                 scored = evaluate_objective(session.model, loader, session.objective, session.world)
@@ -207,7 +212,7 @@ def compare_replicas(session: Session) -> None:
     """Compare the weights of all replicas unless that was done after this iteration."""
     if session.last_compared == session.state.iteration:
         return
-    with paused(session):
+    with paused(session, "comparing replicas"):
         check_replicas(session.model, session.world, session.state.iteration)
     session.last_compared = session.state.iteration
 
@@ -225,7 +230,7 @@ def save(session: Session) -> None:
     state.skipped_iterations = skipped_steps(session)
     state.world_size = session.world.size
     state.consumed_tokens_by_source = seen_by_source(session)["consumed_tokens_by_source"]
-    with paused(session):
+    with paused(session, "saving"):
         store.save(
             Path(options.save),
             session.model,
@@ -261,7 +266,9 @@ def train(session: Session) -> str:
     """Repeat until the last iteration or a reason to stop; saves before it returns the reason."""
     config, state = session.config, session.state
     while state.iteration < config.training.train_iters:
-        take_step(session)
+        with explained(f"iteration {state.iteration + 1}", config, session.world):
+            take_step(session)
+        session.collector.after_step(state.iteration)
         if due(state.iteration, config.logging.log_interval) or state.iteration == config.training.train_iters:
             report(session)
         if due(state.iteration, config.training.check_weight_hash_across_dp_replicas_interval):

@@ -16,13 +16,14 @@ from megatron_steel.objective.language import run_micro_batches
 from megatron_steel.runtime import device
 from megatron_steel.runtime import world as runtime
 from megatron_steel.train.loop import Session
+from megatron_steel.train.out_of_memory import explained
 
 
 def preflight(session: Session, datasets: Mapping[str, ChatDataset]) -> str:
     """Forward and backward over the longest conversations of all sources; returns a line for the log.
 
-    Weights, optimizer and random state are what they were before. Raises ``RuntimeError`` with a way out where the
-    memory of the device is too small.
+    Weights, optimizer and random state are what they were before. Raises :class:`OutOfMemory` where the memory of the
+    device is too small.
     """
     model, layout, builder = session.model, session.loader.layout, session.loader.builder
     # A pipeline is full with one micro-batch for each stage; the schedule of a step takes a multiple of it.
@@ -40,14 +41,9 @@ def preflight(session: Session, datasets: Mapping[str, ChatDataset]) -> str:
             chunk.zero_grad_buffer()
         if model.options.num_moe_experts is not None:
             prepare_balance(model.chunks, len(batches))
-        try:
+        widest = f"the widest micro-batch ({describe(batches[0].tokens_BS, session)})"
+        with explained(widest, session.config, session.world):
             run_micro_batches(model, batches, 1.0, forward_only=False)
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(
-                f"the widest micro-batch ({describe(batches[0].tokens_BS, session)}) does not fit into the memory of "
-                f"{device.device_name()}: lower --micro-batch-size or --seq-length, or add --recompute-granularity "
-                "full, or spread the model over more devices"
-            ) from error
         take_balance(model.chunks, session.world.device)
     peak = device.peak_memory_bytes()
     return (

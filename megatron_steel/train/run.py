@@ -30,13 +30,15 @@ from megatron_steel.model.fully_sharded import held_elements
 from megatron_steel.objective.language import NextToken, Objective
 from megatron_steel.optim.optimizer import build_optimizer
 from megatron_steel.plan.estimate import flops_per_token
-from megatron_steel.runtime import device
+from megatron_steel.runtime import device, environment
 from megatron_steel.runtime import world as runtime
 from megatron_steel.runtime.contact import watching
+from megatron_steel.runtime.garbage import Collector
 from megatron_steel.runtime.signals import StopRequest
 from megatron_steel.runtime.world import World
 from megatron_steel.train.extras import write_extras
 from megatron_steel.train.loop import Session, train
+from megatron_steel.train.out_of_memory import OutOfMemory, explained
 from megatron_steel.train.preflight import preflight
 from megatron_steel.train.prepare import Prepared
 from megatron_steel.train.pretrained import Pretrained
@@ -49,7 +51,10 @@ def describe(prepared: Prepared, model: Model, world: World) -> list[str]:
     """The first lines of a log: machine, backend, sizes, data, warnings, all options."""
     config, state = prepared.config, prepared.state
     total = sum(held_elements(p) for module in model.language_models() for p in module.parameters())
-    lines = [world.one_line(), f"layers: {model.backend} ({model.backend_reason}), {total:,} parameters on this rank"]
+    lines = [world.one_line()]
+    if world.device.type != "cpu":
+        lines.append(environment.one_line(world.tensor_size > 1 or world.context_size > 1))
+    lines += [f"layers: {model.backend} ({model.backend_reason}), {total:,} parameters on this rank"]
     if config.model:
         lines.append(f"--model {config.model} stands for: {' '.join(expand_model(config))}")
     left = config.training.train_iters - state.iteration
@@ -196,6 +201,7 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
         sinks=open_sinks(config, state.iteration) if world.rank == 0 else Sinks([]),
         stop_request=stop_request,
         write_extras=partial(write_extras, prepared),
+        collector=Collector(config.training.manual_gc, config.training.manual_gc_interval),
         started=started,
         watch=None
         if objective.watched is None
@@ -207,8 +213,8 @@ def build_session(prepared: Prepared, world: World, stop_request: StopRequest, s
 def run(prepared: Prepared) -> int:
     """Train to the end or to a reason to stop; returns the process's exit code.
 
-    A save that failed, a peer that is gone and replicas that differ are one line each and give 1; anything else that
-    goes wrong is raised.
+    A save that failed, a peer that is gone, replicas that differ and memory that is full are one line each and give 1;
+    anything else that goes wrong is raised.
     No rank waits for the others then.
     """
     started = time.monotonic()
@@ -225,18 +231,19 @@ def run(prepared: Prepared) -> int:
     )
     try:
         with watching(world), StopRequest() as stop_request:
-            session = build_session(prepared, world, stop_request, started)
+            with explained("building model and optimizer", config, world):
+                session = build_session(prepared, world, stop_request, started)
             if prepared.template is not None and config.chat.preflight:
                 line = preflight(session, prepared.datasets)
                 if world.rank == 0:
                     print(line, flush=True)
-            with session.loader:
+            with session.loader, session.collector:
                 reason = train(session)
             session.sinks.close()
             if world.rank == 0:
                 where = f", saved in {Path(config.checkpoint.save)}" if config.checkpoint.save else ""
                 print(f"stopped at iteration {session.state.iteration}: {reason}{where}", flush=True)
-    except (store.SaveError, ReplicaError) as error:
+    except (store.SaveError, ReplicaError, OutOfMemory) as error:
         print(f"error: rank {world.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -131,6 +131,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"clip_grad": -1}, "--clip-grad must be 0 or more, not -1.0"),
     ({"lr_warmup_iters": -1}, "--lr-warmup-iters must be 0 or more, not -1"),
     ({"adam_beta2": 1.0}, "--adam-beta2 must be below 1, not 1.0"),
+    ({"manual_gc_interval": -1}, "--manual-gc-interval must be 0 or more, not -1"),
     ({"hidden_dropout": 1.0}, "--hidden-dropout must be below 1, not 1.0"),
     ({"seed": -1}, "--seed must be 0 or more, not -1"),
 ]
@@ -222,6 +223,7 @@ NO_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"model_family": "qwen2", "add_qkv_bias": True, "full_attention_layers": [1]}, "--full-attention-layers has no"),
     ({"lr_wsd_decay_iters": 5}, "--lr-wsd-decay-iters has no effect with --lr-decay-style cosine"),
     ({"lr_decay_style": "constant", "min_lr": 1e-5}, "--min-lr has no effect with --lr-decay-style constant"),
+    ({"manual_gc_interval": 100}, "--manual-gc-interval has no effect without --manual-gc"),
     ({"wandb_exp_name": "a"}, "--wandb-exp-name has no effect without --wandb-project"),
     ({"wandb_save_dir": "a"}, "--wandb-save-dir has no effect without --wandb-project"),
     ({"use_distributed_optimizer": True}, "--use-distributed-optimizer shards nothing on one data-parallel rank"),
