@@ -45,7 +45,7 @@ def bits(session: Session) -> dict[str, str]:
             for name, value in part.optimizer.state[weight].items():
                 tensors[f"{name} {number} {index}"] = value
     return {
-        name: hashlib.sha256(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(value.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()).hexdigest()
         for name, value in tensors.items()
     }
 

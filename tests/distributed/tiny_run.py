@@ -184,7 +184,7 @@ def keep_weights(session: Session, trace: Trace) -> None:
     for model in session.model.language_models():
         for local_name, parameter in model.named_parameters():
             name = model_wide_name(model, local_name)
-            trace.weights[name] = parameter.detach().float().numpy().copy()
+            trace.weights[name] = parameter.detach().float().cpu().numpy().copy()
             world = session.world
             ranks = world.expert_tensor_size if ".local_experts." in name else world.tensor_size
             if ranks > 1 and getattr(parameter, "tensor_model_parallel", False):
