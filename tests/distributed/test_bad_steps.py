@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pool import WorkerPool
 from test_precision import poisoned
-from tiny_run import LAYOUTS, MIXTURE, open_session, options, write_data
+from tiny_run import LAYOUTS, MIXTURE, Trace, open_session, options, take_steps, work_train, write_data
 
-from megatron_steel.train.loop import Session, skipped_steps, take_step
+from megatron_steel.train.loop import Session, save, skipped_steps, take_step
 
 BF16 = {"bf16": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,6 +102,39 @@ def test_a_bad_first_step_leaves_no_trace(pool: WorkerPool, prefix: str) -> None
     flat = options(prefix, lr_warmup_iters=0)
     with_it, without = (pool.run(1, work_first_step, flat, bad, join=False)[0] for bad in (True, False))
     assert with_it == without
+
+
+class Foreign(torch.optim.SGD):
+    """What Transformer Engine would bring."""
+
+
+def work_beside_foreign(flat: dict[str, Any]) -> tuple[list[str], list[float]]:
+    """Train, save and load where megatron-core has found another AdamW; which one was taken, and norms of gradients."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "Adam", Foreign)
+        patch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+        for name in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER"):
+            patch.setattr(distrib_optimizer, name, True)
+        trace = Trace()
+        with open_session(flat) as session:
+            take_steps(session, 3, trace)
+            save(session)
+            kinds = [type(part.optimizer).__name__ for part in session.optimizer.chained_optimizers]
+        return kinds, trace.grad_norms
+
+
+@pytest.mark.parametrize("layout", ["1", "dp2-sharded"])
+def test_torch_s_adamw_is_taken_beside_others(pool: WorkerPool, prefix: str, tmp_path: Path, layout: str) -> None:
+    spread = LAYOUTS[layout]
+    flat = options(prefix, spread.flags, BF16, save=str(tmp_path / "run"))
+    kinds, norms = pool.run(spread.ranks, work_beside_foreign, flat, join=False)[0]
+    again = {**flat, "load": str(tmp_path / "run"), "save": str(tmp_path / "again")}
+    also, later = pool.run(spread.ranks, work_beside_foreign, again, join=False)[0]
+    whole = pool.run(spread.ranks, work_train, options(prefix, spread.flags, BF16), 6, join=False)[0]
+    assert kinds == also == ["AdamW"] * len(kinds) and norms + later == whole.grad_norms
 
 
 def test_clipping_is_the_product_with_one_number() -> None:

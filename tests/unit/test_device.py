@@ -61,6 +61,27 @@ def test_facts_on_a_cpu() -> None:
     assert 1e9 < rate < 1e12 * (os.cpu_count() or 1)
 
 
+def test_uploads_wait_for_nothing() -> None:
+    values = torch.arange(3)
+    assert device.upload(values, torch.device("cpu")) is values
+
+    class Pinned:
+        """Writes down how a copy is made."""
+
+        steps: list[object] = []
+
+        def pin_memory(self) -> Pinned:
+            self.steps.append("pinned")
+            return self
+
+        def to(self, where: torch.device, non_blocking: bool) -> Pinned:
+            self.steps.append((where.type, non_blocking))
+            return self
+
+    device.upload(Pinned(), torch.device("meta"))  # type: ignore[arg-type]
+    assert Pinned.steps == ["pinned", ("meta", True)]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU counts its own memory")
 def test_peak_memory_is_what_the_kernel_says() -> None:
     lines = Path("/proc/self/status").read_text().splitlines()
