@@ -122,8 +122,11 @@ def transformer_config(config: Config) -> TransformerConfig:
         # apart (with the batched form they are swapped without an error).
         overlap_p2p_comm=chunks is not None,
         batch_p2p_comm=chunks is None,
+        # Waiting for the device after each message is for versions of PyTorch before ours.
+        batch_p2p_sync=False,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
+        # weight_gradients.py switches it on where there are main gradients.
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
