@@ -20,6 +20,7 @@ from tiny_chats import chat_options, write_chats, write_model, write_pairs
 from tiny_run import LAYOUTS, open_session, options, write_data
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_steel.runtime import cpu, device
 from megatron_steel.train.loop import reason_to_stop, report, take_step
 
 # Tensors that are on the host on every machine: (file, function that asks).
@@ -86,16 +87,15 @@ def listening(found: set[str]) -> Iterator[None]:
             note("torch.tensor on a device")
         return make(*args, **kwargs)
 
-    for name, original in moves.items():
-        setattr(torch.Tensor, name, watched(name, original))
-    torch.tensor = made  # type: ignore[assignment]
-    try:
-        with Asked(found):
-            yield
-    finally:
-        torch.tensor = make  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patch, Asked(found):
         for name, original in moves.items():
-            setattr(torch.Tensor, name, original)
+            patch.setattr(torch.Tensor, name, watched(name, original))
+        patch.setattr(torch, "tensor", made)
+        patch.setattr(device, "synchronize", lambda: note("synchronize"))
+        for finder in sys.meta_path:
+            if isinstance(finder, cpu.MegatronOnHost):
+                patch.setattr(finder.torch.cuda, "synchronize", lambda: note("torch.cuda.synchronize"))
+        yield
 
 
 def work_listen(flat: dict[str, Any]) -> tuple[set[str], set[str]]:
