@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from megatron_steel.config.families.steel import is_soft
 from megatron_steel.config.preference_schema import PreferenceConfig
 from megatron_steel.config.schema import Config
 
@@ -19,6 +20,7 @@ OF_LOSSES = {
     "undesirable_weight": ("kto",),
     "reward_collapse_patience": (*WITH_REFERENCE, "orpo", "simpo", "kto"),
     "rpo_alpha": (*WITH_REFERENCE, "simpo"),
+    "share_prompts": (*WITH_REFERENCE, *NO_REFERENCE, "kto"),
     "reference": (*WITH_REFERENCE, "kto", "grpo"),
     "reference_checkpoint": (*WITH_REFERENCE, "kto", "grpo"),
     "reward": ("grpo",),
@@ -88,6 +90,24 @@ def check_preference(config: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be 0: {ENTRY} compares log-probabilities")
     if loss == "grpo":
         check_group_policy(config)
+
+
+def why_not_shared(config: Config, backend: str) -> str | None:
+    """What keeps both answers of a pair from going on from one prompt, with the resolved layer backend; None: nothing.
+
+    Their tokens see keys of another text, at positions that do not count from their own beginning.
+    """
+    size = config.size
+    wrong = {
+        f"{backend} layers": backend != "torch",
+        "--context-parallel-size": config.parallel.context_parallel_size > 1,
+        "--multi-latent-attention": size.multi_latent_attention,
+        "--position-embedding-type alibi": size.position_embedding_type == "alibi",
+        f"--ffn-type {size.ffn_type}, which mixes tokens": is_soft(size),
+        "--rope-scaling-type dynamic": size.use_rope_scaling and size.rope_scaling_type == "dynamic",
+        "--decoder-layer": size.decoder_layer is not None,
+    }
+    return next((why for why, holds in wrong.items() if holds), None)
 
 
 def check_group_policy(config: Config) -> None:

@@ -31,6 +31,8 @@ class PreferenceConfig:
     """Weight of bad answers in kto."""
     reward_collapse_patience: int | None = None
     """Save and stop after so many reports in a row in which the rewards of good and bad answers fall together."""
+    share_prompts: bool = True
+    """Compute a prompt once for both answers of a pair, where the layout and model can; the training is the same."""
     reference: Reference = "precomputed"
     """The reference's log-probabilities: computed once, from a second model, of the model without adapters, or 0."""
     reference_checkpoint: str | None = None

@@ -32,6 +32,21 @@ class Texts:
 
 
 @dataclass(kw_only=True, slots=True)
+class Seen:
+    """What the texts of joined rows see where some go on from the beginning of the text before them.
+
+    Such a text holds only what comes after a prompt that both have: its tokens see the prompt in the other's place.
+    """
+
+    before: list[int]
+    """Of each text, how many tokens at the beginning of the text before it are its own beginning too; mostly 0."""
+    keys: torch.Tensor
+    """The tokens that each text sees, text after text: numbers in the joined rows, int64."""
+    cu_seqlens: torch.Tensor
+    """Where those of each text begin in `keys`, and their number; int32 (texts + 1,)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Rollouts:
     """The answers that a model has sampled, one to a row of the micro-batch; K rows in a row answer one prompt.
 
@@ -82,6 +97,8 @@ class Batch:
     None: each row is one text, attended to as a whole, and positions count from its start."""
     bounds: list[int] | None = None
     """`cu_seqlens`, known without a device; None: the device has to be asked."""
+    seen: Seen | None = None
+    """Where texts go on from others; None: each sees itself alone."""
     weight: float | None = None
     """The sum of loss_mask_BS, known without a device; None: `valid_tokens`."""
     read_tokens: int | None = None

@@ -7,13 +7,14 @@ Shapes: M micro-batches, B rows of one, P planes (chat_dataset.py), W tokens of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_steel.data.batch import Batch, Texts
+from megatron_steel.data.batch import Batch, Seen, Texts
 from megatron_steel.data.chat_dataset import PLANES
 from megatron_steel.data.context import cut
 from megatron_steel.data.pair_dataset import PAIR_PLANES, Role, judged
@@ -94,12 +95,13 @@ class ChatBatchBuilder:
         own = self._cut(host_BPW[..., :width])
         tokens, labels, weights, positions, *_ = self._cut(device_BPW[..., :width]).unbind(1)
         trained = own[:, LABEL] >= 0
-        bounds, texts = None, None
+        bounds, texts, seen = None, None, None
         if self.packing or self.planes > len(PLANES):
             bounds = text_bounds(host_BPW[:, POSITION, :width].numpy())
         if self.planes > len(PLANES):
             assert bounds is not None
             texts = self._texts(host_BPW[..., :width].numpy(), bounds)
+            seen = self._seen(host_BPW[:, POSITION, :width].numpy(), bounds)
             trained &= own[:, ROLE] != Role.MISMATCHED
         weight = float(own[:, WEIGHT].contiguous().view(torch.float32).double().sum())
         return Batch(
@@ -111,6 +113,7 @@ class ChatBatchBuilder:
             valid_tokens=int(trained.sum()),
             cu_seqlens=None if bounds is None else upload(torch.from_numpy(bounds), self.device),
             bounds=None if bounds is None else bounds.tolist(),
+            seen=seen,
             weight=weight if texts is None else judged(texts) / self.context_size,
             read_tokens=int((own[:, POSITION] >= 0).sum()),
             texts=texts,
@@ -132,6 +135,18 @@ class ChatBatchBuilder:
             counts_T=upload(torch.from_numpy(counts), self.device),
             is_last_BS=upload(self._cut(torch.from_numpy(is_last)), self.device),
             references_T=upload(torch.from_numpy(references[begins].view(np.float32)), self.device),
+        )
+
+    def _seen(self, positions_BW: np.ndarray, bounds: np.ndarray) -> Seen | None:
+        """What texts see that go on from the one before them; None where all begin at position 0."""
+        before = np.maximum(positions_BW.reshape(-1)[bounds[:-1]], 0)
+        if not before.any():
+            return None
+        keys, cu_seqlens = seen_keys(bounds, before)
+        return Seen(
+            before=before.tolist(),
+            keys=upload(torch.from_numpy(keys), self.device),
+            cu_seqlens=upload(torch.from_numpy(cu_seqlens), self.device),
         )
 
     def _cut(self, whole: torch.Tensor) -> torch.Tensor:
@@ -159,10 +174,25 @@ class ChatBatchBuilder:
 def text_bounds(positions_BW: np.ndarray) -> np.ndarray:
     """Where each conversation of the joined rows begins, and their length: int32 (texts + 1,), strictly increasing.
 
-    The padding at the end of a row is a text of its own.
+    The padding at the end of a row is a text of its own. A text that goes on from another begins where positions jump.
     """
-    begins = positions_BW == 0
+    begins = np.ones(positions_BW.shape, dtype=bool)
     # A row begins a text even where it is all padding.
-    begins[:, 0] = True
-    begins[:, 1:] |= (positions_BW[:, 1:] < 0) & (positions_BW[:, :-1] >= 0)
+    before, after = positions_BW[:, :-1], positions_BW[:, 1:]
+    begins[:, 1:] = np.where(after < 0, before >= 0, after != before + 1)
     return np.append(np.flatnonzero(begins), positions_BW.size).astype(np.int32)
+
+
+def seen_keys(bounds: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that each text sees, text after text, int64, and where each text's begin, int32 (texts + 1,).
+
+    before: how many of the tokens at the beginning of the text before it a text sees beside its own.
+    """
+    spans = []
+    for text, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        if before[text]:
+            start = int(bounds[text - 1])
+            spans.append(np.arange(start, start + int(before[text])))
+        spans.append(np.arange(begin, end))
+    cu_seqlens = np.cumsum([0, *(np.diff(bounds) + before)], dtype=np.int32)
+    return np.concatenate(spans), cu_seqlens

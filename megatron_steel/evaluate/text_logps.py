@@ -15,7 +15,6 @@ from megatron_steel.objective.language import run_micro_batches, sum_over_ranks
 from megatron_steel.objective.texts import TextLogps
 from megatron_steel.runtime.world import World
 
-
 SECONDS_BETWEEN_LINES = 30.0
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_steel.model.attention import TorchDotProductAttention
-from megatron_steel.model.packed import document_attention, host_bounds
+from megatron_steel.model.packed import document_attention, host_bounds, seen_before
 from megatron_steel.model.window import QUERIES, seen_keys
 
 
@@ -109,8 +109,9 @@ class SoftcapAttention(TorchDotProductAttention):
             return self.over_ranks(query, key, value, packed_seq_params)
         dropout, attend = self.dropout if self.training else 0.0, self.attend
         if packed_seq_params is not None:
-            bounds = host_bounds(packed_seq_params)
-            out_TND = document_attention(query, key, value, bounds, dropout, self.softmax_scale, self.window, attend)
+            bounds, before = host_bounds(packed_seq_params), seen_before(packed_seq_params)
+            options = (dropout, self.softmax_scale, self.window, attend, before)
+            out_TND = document_attention(query, key, value, bounds, *options)
             return out_TND.flatten(1)
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
         assert query.shape[0] in (1, key.shape[0]) and (causal or query.shape[0] == 1)

@@ -16,6 +16,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_steel.data.batch import Seen
 from megatron_steel.model.window import causal_attention
 
 
@@ -25,12 +26,20 @@ class PackedDocuments(PackedSeqParams):
 
     bounds: list[int] | None = None
     """`cu_seqlens_q`."""
+    seen: Seen | None = None
+    """Where documents go on from the beginning of others; the bounds are those of their own tokens."""
 
 
 def host_bounds(packed: PackedSeqParams) -> list[int]:
     """``packed.cu_seqlens_q``; waits for the device only where the host was not told."""
     known = getattr(packed, "bounds", None)
     return packed.cu_seqlens_q.tolist() if known is None else known
+
+
+def seen_before(packed: PackedSeqParams) -> list[int] | None:
+    """Of each document, how many tokens at the beginning of the one before it it sees too; None: none does."""
+    seen: Seen | None = getattr(packed, "seen", None)
+    return None if seen is None else seen.before
 
 
 def packed_attention(
@@ -45,17 +54,23 @@ def packed_attention(
     """query [T, N, D], key and value [T, G, D] -> [T, N, D]; no token sees another document or a later token.
 
     ``packed.cu_seqlens_q`` holds the beginning of each document and T, int32 (documents + 1,). With a ``window`` a
-    token sees itself and the ``window - 1`` tokens before it.
+    token sees itself and the ``window - 1`` tokens before it. A document that goes on from another sees its beginning.
     """
     kernel = None if query.is_cpu or query.dtype == torch.float32 or dropout else varlen_kernel()
     if kernel is None:
-        return document_attention(query, key, value, host_bounds(packed), dropout, scale, window)
+        bounds, before = host_bounds(packed), seen_before(packed)
+        return document_attention(query, key, value, bounds, dropout, scale, window, before=before)
+    seen, cu_seqlens_kv = getattr(packed, "seen", None), packed.cu_seqlens_kv
+    if seen is not None:
+        # Where a document has fewer queries than keys, the kernel takes them for the last ones.
+        key, value = (x.index_select(0, seen.keys) for x in (key, value))
+        cu_seqlens_kv = seen.cu_seqlens
     return kernel(
         query,
         key,
         value,
         packed.cu_seqlens_q,
-        packed.cu_seqlens_kv,
+        cu_seqlens_kv,
         packed.max_seqlen_q,
         packed.max_seqlen_kv,
         scale=scale,
@@ -75,11 +90,26 @@ def varlen_kernel() -> Callable[..., Tensor] | None:
     return varlen_attn if {"window_size", "enable_gqa", "scale"} <= set(known) else None
 
 
-def equal_runs(bounds: list[int]) -> Iterator[tuple[int, int]]:
-    """(documents, length) of neighbours with the same length, in order: one call computes them all."""
-    lengths = (after - begin for begin, after in itertools.pairwise(bounds))
-    for length, run in itertools.groupby(lengths):
-        yield sum(1 for _ in run), length
+def equal_runs(bounds: list[int], before: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(documents, length, tokens before) of neighbours that one call computes, in order: those of equal length.
+
+    A document that goes on from another is on its own.
+    """
+    documents = zip(itertools.pairwise(bounds), before, strict=True)
+    kinds = ((end - begin, count, number if count else -1) for number, ((begin, end), count) in enumerate(documents))
+    for (length, count, _), run in itertools.groupby(kinds):
+        yield sum(1 for _ in run), length, count
+
+
+def prefixes(tensor: Tensor, bounds: list[int], before: list[int]) -> Iterator[Tensor]:
+    """The tokens that documents see of the ones before them, of those that see any, in order.
+
+    One split, whose gradient is one pass over the tensor, however many documents there are.
+    """
+    spans = [(bounds[number - 1], count) for number, count in enumerate(before) if count]
+    edges = [edge for begin, count in spans for edge in (begin, begin + count)]
+    sizes = [after - edge for edge, after in itertools.pairwise([0, *edges, len(tensor)])]
+    yield from tensor.split(sizes)[1::2]
 
 
 def document_attention(
@@ -91,14 +121,21 @@ def document_attention(
     scale: float | None,
     window: int | None = None,
     attend: Callable[..., Tensor] = causal_attention,
+    before: list[int] | None = None,
 ) -> Tensor:
-    """One call of ``attend`` for each run of equally long documents; shapes as above."""
-    runs = list(equal_runs(bounds))
-    sizes = [documents * length for documents, length in runs]
+    """One call of ``attend`` for each run of equally long documents; shapes as above.
+
+    before: see :func:`seen_before`.
+    """
+    runs = list(equal_runs(bounds, before or [0] * (len(bounds) - 1)))
+    sizes = [documents * length for documents, length, _ in runs]
+    first_keys, first_values = (prefixes(x, bounds, before or []) for x in (key, value))
     outputs = []
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), runs, strict=True)
-    for q, k, v, (documents, length) in parts:
-        heads_first = (x.unflatten(0, (documents, length)).transpose(1, 2) for x in (q, k, v))
+    for q, k, v, (documents, _, count) in parts:
+        if count:
+            k, v = torch.cat([next(first_keys), k]), torch.cat([next(first_values), v])
+        heads_first = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
         out = attend(*heads_first, window, dropout, scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)

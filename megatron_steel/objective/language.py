@@ -52,6 +52,7 @@ def packed_documents(batch: Batch, context_size: int = 1) -> PackedDocuments | N
     longest = batch.tokens_BS.shape[1] * context_size
     return PackedDocuments(
         bounds=batch.bounds,
+        seen=batch.seen,
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,

@@ -6,7 +6,7 @@ from dataclasses import fields
 from functools import partial
 
 from megatron_steel.config.check_chat import check_chat
-from megatron_steel.config.check_preference import NO_REFERENCE, check_preference
+from megatron_steel.config.check_preference import NO_REFERENCE, check_preference, why_not_shared
 from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.data.chat_encode import ChatEncoder, encode_pair_source, refuse_bad, worker_count
 from megatron_steel.data.chat_rows import RowKind
@@ -14,6 +14,7 @@ from megatron_steel.data.chat_sources import ChatSource, open_chat
 from megatron_steel.data.pair_dataset import PairDataset
 from megatron_steel.data.prompt_dataset import PromptDataset, encode_prompts
 from megatron_steel.evaluate.rewards import RULES, load_reward
+from megatron_steel.model.backends import choose_backend
 from megatron_steel.train.prepare import FREE, Prepared
 from megatron_steel.train.prepare_chat import prepare_rows, store_folder
 from megatron_steel.train.pretrained import Pretrained, open_pretrained
@@ -32,9 +33,13 @@ def build_pairs(
     store = encode_pair_source(source, encoder, store_folder(config), worker_count())
     refuse_bad(name, store.report, config.chat.max_bad_rows, config.chat.max_untrained)
     notes += store.report.lines(name)
-    return PairDataset(
-        name, store, encoder.store_name(source), config.training.seq_length, config.chat.packing, store.desirable
-    )
+    backend, _ = choose_backend(config.parallel.transformer_impl, config.size)
+    why = why_not_shared(config, backend)
+    share = config.preference.share_prompts and why is None
+    if config.preference.share_prompts and why is not None:
+        notes.append(f"{name}: prompts are computed once for each answer, not shared: {why}")
+    content, length, packing = encoder.store_name(source), config.training.seq_length, config.chat.packing
+    return PairDataset(name, store, content, length, packing, store.desirable, share)
 
 
 def build_prompts(
@@ -73,10 +78,20 @@ def prepare_preference(config: Config) -> Prepared:
     kind: RowKind = "judged" if config.preference.loss_type == "kto" else "pair"
     prepared = prepare_rows(config, rules, partial(open_chat, row_kind=kind), build_pairs)
     prepared.preferences = True
+    count_computed(prepared)
     options = config.preference
     if options.loss_type not in NO_REFERENCE and options.reference != "none":
         prepared.reference = open_reference(prepared)
     return prepared
+
+
+def count_computed(prepared: Prepared) -> None:
+    """Take from the tokens of a sample, by which speed is told, those that are not computed twice."""
+    assert prepared.tokens_per_sample is not None
+    for source in prepared.ledger.sources_at(prepared.ledger.segments[-1].start):
+        dataset = prepared.datasets.get(source.fingerprint)
+        if isinstance(dataset, PairDataset):
+            prepared.tokens_per_sample -= source.weight * dataset.mean_saved
 
 
 def open_reference(prepared: Prepared) -> Pretrained:

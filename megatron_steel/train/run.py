@@ -20,7 +20,7 @@ from megatron_steel.data.chat_batches import ChatBatchBuilder
 from megatron_steel.data.chat_dataset import PLANES
 from megatron_steel.data.document_batches import BatchBuilder
 from megatron_steel.data.loader import BatchLayout, TrainLoader, ValidLoader
-from megatron_steel.data.pair_dataset import PAIR_PLANES
+from megatron_steel.data.pair_dataset import PAIR_PLANES, PairDataset
 from megatron_steel.metrics.collapse import RewardWatch
 from megatron_steel.metrics.record import MetricRecorder
 from megatron_steel.metrics.sinks import Sinks, open_sinks
@@ -117,9 +117,11 @@ def chat_builder(prepared: Prepared, world: World) -> ChatBatchBuilder:
     config = prepared.config
     # A row is cut into two chunks for each context rank, and by sequence parallelism into one for each tensor rank.
     chunks = 2 * world.context_size if world.context_size > 1 else 1
+    # Rows whose prompts are shared are as long as what is in them.
+    shared = any(isinstance(data, PairDataset) and data.share for data in prepared.datasets.values())
     return ChatBatchBuilder(
         seq_length=config.training.seq_length,
-        packing=config.chat.packing and prepared.reward is None,
+        packing=config.chat.packing and prepared.reward is None and not shared,
         planes=len(PAIR_PLANES if prepared.preferences else PLANES),
         group=world.sample_group,
         device=world.device,

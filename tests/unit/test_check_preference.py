@@ -72,6 +72,7 @@ CHANGED: dict[str, Any] = {
     "undesirable_weight": 2.0,
     "rpo_alpha": 0.5,
     "reward_collapse_patience": 3,
+    "share_prompts": False,
     "reference": "live",
     "reference_checkpoint": "base",
     "reward": "choice",
@@ -100,6 +101,8 @@ MEANT: dict[str, set[str]] = {
 }
 for name in ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "orpo", "simpo", "kto"):
     MEANT[name].add("reward_collapse_patience")
+for name in set(MEANT) - {"grpo"}:
+    MEANT[name].add("share_prompts")
 for name in MEANT:
     MEANT[name] |= set() if name == "rm" else {"beta"}
 

@@ -182,7 +182,8 @@ def test_packed_attention_value_and_gradient(groups: int, bounds: list[int]) -> 
 
 
 def test_neighbours_of_one_length_are_one_call() -> None:
-    assert list(packed.equal_runs([0, 4, 8, 11, 12, 13])) == [(2, 4), (1, 3), (2, 1)]
+    assert list(packed.equal_runs([0, 4, 8, 11, 12, 13], [0] * 5)) == [(2, 4, 0), (1, 3, 0), (2, 1, 0)]
+    assert list(packed.equal_runs([0, 4, 8, 12], [0, 2, 2])) == [(1, 4, 0), (1, 4, 2), (1, 4, 2)]
 
 
 def test_the_varlen_kernel_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ def test_the_varlen_kernel_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch) -
         return "kernel"
 
     monkeypatch.setattr(packed, "varlen_kernel", lambda: record)
-    monkeypatch.setattr(packed, "document_attention", lambda *_: "calls")
+    monkeypatch.setattr(packed, "document_attention", lambda *_, **__: "calls")
     bounds = packed_bounds([0, 4, 11])
     query, key = torch.empty(11, 4, 8, dtype=torch.bfloat16, device="meta"), torch.empty(11, 2, 8, device="meta")
     assert packed.packed_attention(query, key, key, bounds, 0.0, 0.5) == "kernel"

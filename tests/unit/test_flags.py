@@ -25,6 +25,7 @@ OUR_OWN = {
     "simpo-gamma",
     "rpo-alpha",
     "reward-collapse-patience",
+    "share-prompts",
     "reward",
     "max-new-tokens",
     "scale-advantages",
