@@ -53,7 +53,7 @@ def model_state(model: Model, apart: bool = False) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
         sharded = module.sharded_state_dict(metadata={"non_homogeneous_layers": True} if apart else None)
-        state[name] = {key: value for key, value in sharded.items() if not key.endswith(EXTRA_STATE)}
+        state[name] = {key: value for key, value in sharded.items() if EXTRA_STATE not in key}
     return state
 
 
@@ -248,5 +248,5 @@ def assign(model: Model, loaded: dict[str, Any], anew: Collection[str] = ()) -> 
     """Load each chunk's state dictionary; every weight must be there, except those that begin ``anew``."""
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
         missing, unexpected = module.load_state_dict(like_parameters(module, loaded[name]), strict=False)
-        lacking = [key for key in missing if not key.endswith(EXTRA_STATE) and key not in anew]
+        lacking = [key for key in missing if EXTRA_STATE not in key and key not in anew]
         assert not unexpected and not lacking, (lacking, unexpected)

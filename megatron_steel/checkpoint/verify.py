@@ -106,8 +106,9 @@ def load_for_inference(
     check_layers(config)
     config.training.fp8_format = None
     config.memory.recompute_granularity = None
-    if config.lora.lora_rank is not None:
-        config.parallel.transformer_impl = "torch"  # the one backend with adapters
+    config.training.cuda_graph_impl = "none"
+    # The one backend with adapters, and with attention for texts of different lengths and for a cache.
+    config.parallel.transformer_impl = "torch"
     if bf16 is not None:
         config.training.bf16, config.training.fp16 = bf16, False
     model = build_model(config, state.vocab_size, world, training=False)

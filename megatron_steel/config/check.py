@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from megatron_steel.config.check_batch import check_batch
 from megatron_steel.config.check_context import check_context
+from megatron_steel.config.check_engine import check_engine
 from megatron_steel.config.check_experts import check_expert_ranks, check_experts
 from megatron_steel.config.check_fsdp import check_fsdp
 from megatron_steel.config.check_latent import check_latent
@@ -46,6 +47,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     check_soft_mixture(config)
     check_layers(config)
     check_precision(config)
+    check_engine(config)
     check_memory(config)
     check_schedule(config)
     check_batch(config, data_parallel_size(config, world_size), virtual_chunks(config) is not None)

@@ -12,6 +12,9 @@ from megatron_steel.config.schema import Config, TrainingConfig
 SCALE_OPTIONS = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 # Those of a scale that moves.
 DYNAMIC = SCALE_OPTIONS[1:]
+# Those of FP8's delayed recipe, and how many layers stay in bf16.
+HISTORY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+ENDS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 
 
 def compute_type(training: TrainingConfig) -> Literal["float32", "bfloat16", "float16"]:
@@ -59,6 +62,7 @@ def check_fp8(config: Config) -> None:
             f"--fp8-format needs Transformer Engine, --transformer-impl {config.parallel.transformer_impl} has no FP8; "
             f"use --transformer-impl transformer_engine"
         )
+    check_recipe(training, size.num_layers)
     unit = 32 if training.fp8_recipe == "mxfp8" else 16
     tokens = training.micro_batch_size * training.seq_length
     width = head_width(size)
@@ -73,14 +77,50 @@ def check_fp8(config: Config) -> None:
             raise ValueError(f"--fp8-recipe {training.fp8_recipe}: {what} must be divisible by {unit}, not {number}")
 
 
+def check_recipe(training: TrainingConfig, layers: int) -> None:
+    """The options of a recipe, and which layers take it."""
+    if training.fp8_margin < 0:
+        raise ValueError(f"--fp8-margin must be 0 or more, not {training.fp8_margin}")
+    if training.fp8_amax_history_len < 1:
+        raise ValueError(f"--fp8-amax-history-len must be 1 or more, not {training.fp8_amax_history_len}")
+    if not training.first_last_layers_bf16:
+        return
+    if training.fp8_recipe == "delayed":
+        raise ValueError(
+            "--first-last-layers-bf16 does not go with --fp8-recipe delayed, whose scaling factors are updated for all "
+            "layers at once; use --fp8-recipe tensorwise"
+        )
+    first, last = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
+    if min(first, last) < 0 or first + last >= layers:
+        raise ValueError(
+            f"--num-layers-at-start-in-bf16 {first} and --num-layers-at-end-in-bf16 {last} leave none of the "
+            f"{layers} layers to FP8"
+        )
+
+
+def fp8_notes(training: TrainingConfig) -> list[str]:
+    """One line for each option of FP8 that changes nothing."""
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainingConfig)}
+    needs = [
+        ("fp8_recipe", "--fp8-format", training.fp8_format is not None),
+        ("first_last_layers_bf16", "--fp8-format", training.fp8_format is not None),
+        *((name, "--fp8-recipe delayed", training.fp8_recipe == "delayed") for name in HISTORY),
+        *((name, "--first-last-layers-bf16", training.first_last_layers_bf16) for name in ENDS),
+    ]
+    return [
+        f"--{name.replace('_', '-')} has no effect without {needed}"
+        for name, needed, there in needs
+        if not there and getattr(training, name) != defaults[name]
+    ]
+
+
 def precision_notes(config: Config) -> list[str]:
     """A warning about what pure bf16 loses, and one line for each option of the loss scale that changes nothing."""
     training = config.training
     notes = []
     if training.pure_bf16:
         notes.append("--pure-bf16: updates below 1/256 of a weight are lost; the loss falls more slowly, then no more")
-    if training.fp8_format is None and training.fp8_recipe != "tensorwise":
-        notes.append("--fp8-recipe has no effect without --fp8-format")
+    notes += fp8_notes(training)
     if training.fp16 and training.loss_scale is None:
         return notes
     reason = "with --loss-scale, which never changes" if training.fp16 else "without --fp16"

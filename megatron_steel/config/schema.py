@@ -18,7 +18,9 @@ TransformerImpl = Literal["auto", "transformer_engine", "torch", "local"]
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 Fp8Format = Literal["e4m3", "hybrid"]
-Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8"]
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+AmaxAlgorithm = Literal["most_recent", "max"]
+CudaGraphs = Literal["none", "local"]
 DataFingerprint = Literal["fast", "full"]
 RecomputeGranularity = Literal["full", "selective"]
 RecomputeMethod = Literal["uniform", "block"]
@@ -40,6 +42,8 @@ class ParallelConfig:
     """Ranks that share the experts of each layer out among them; taken from all ranks of a pipeline stage."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that share each expert; tensor_model_parallel_size when unset."""
+    moe_grouped_gemm: bool = False
+    """Multiply with all experts of a layer in one call; needs Transformer Engine."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per model chunk; switches on the interleaved pipeline schedule."""
     decoder_first_pipeline_num_layers: int | None = None
@@ -141,7 +145,21 @@ class TrainingConfig:
     fp8_format: Fp8Format | None = None
     """With bf16 and Transformer Engine, layers multiply in FP8: e4m3 everywhere, or e5m2 for gradients (hybrid)."""
     fp8_recipe: Fp8Recipe = "tensorwise"
-    """What has a scaling factor of its own in FP8: a tensor, blocks of 128 (Hopper) or of 32 (mxfp8, Blackwell)."""
+    """What FP8 scales: tensors, tensors by earlier steps (delayed), blocks of 128 (Hopper) or 32 (mxfp8, Blackwell)."""
+    fp8_margin: int = 0
+    """With delayed, scaling factors are smaller by 2 to the power of this."""
+    fp8_amax_history_len: int = 1
+    """With delayed, steps whose largest values are kept."""
+    fp8_amax_compute_algo: AmaxAlgorithm = "most_recent"
+    """With delayed, the value of the history that decides."""
+    first_last_layers_bf16: bool = False
+    """With FP8, the first and last layers multiply in bf16."""
+    num_layers_at_start_in_bf16: int = 1
+    """With first_last_layers_bf16, number of first layers."""
+    num_layers_at_end_in_bf16: int = 1
+    """With first_last_layers_bf16, number of last layers."""
+    cuda_graph_impl: CudaGraphs = "none"
+    """Record each layer's kernels once and launch them together after that (local)."""
     pure_bf16: bool = False
     """With bf16, keep no fp32 copy: weights, gradients and both moments in bfloat16, which loses small updates."""
     fp16: bool = False

@@ -1,7 +1,8 @@
 """Layer backends: which modules a decoder layer is made of. Families never mention one.
 
 ``local`` is megatron-core's plain modules, the reference; ``torch`` replaces everything between the matrix products by
-our own functions over PyTorch's kernels; ``transformer_engine`` is chosen when it imports and a GPU is there.
+our own functions over PyTorch's kernels; ``transformer_engine`` (model/engine.py) is chosen when it imports and a GPU
+is there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
-from megatron_steel.config.schema import ModelConfig
+from megatron_steel.config.check_engine import engine_only
+from megatron_steel.config.schema import Config, ModelConfig
 from megatron_steel.model.attention import TorchDotProductAttention, TorchSelfAttention
 from megatron_steel.model.layer import get_residual_add
 from megatron_steel.model.mlp import TorchMLP
@@ -26,7 +28,6 @@ from megatron_steel.runtime import device
 Uses = Callable[[ModelConfig], Any]
 # What only some backends have: how an error names it, whether a model has it, the backends that do.
 SPECIAL: tuple[tuple[str, Uses, tuple[str, ...]], ...] = (
-    ("--num-experts", lambda size: size.num_experts, ("torch", "local")),
     ("--multi-latent-attention", lambda size: size.multi_latent_attention, ("torch", "local")),
     ("--position-embedding-type alibi", lambda size: size.position_embedding_type == "alibi", ("torch",)),
     ("--apply-layernorm-1p", lambda size: size.apply_layernorm_1p, ("torch", "transformer_engine")),
@@ -64,6 +65,12 @@ def layer_parts(provider: BackendSpecProvider) -> LayerParts:
     """The layer parts that go with a provider."""
     if isinstance(provider, TorchSpecProvider):
         return LayerParts(self_attention=TorchSelfAttention, mlp=TorchMLP, residual=get_residual_add)
+    if provider.fuse_layernorm_and_linear():
+        from megatron_steel.model.engine import EngineSelfAttention
+
+        # Around Transformer Engine's linear layers too, our activation and residual are fewer passes than
+        # megatron-core's, and need no compiler.
+        return LayerParts(self_attention=EngineSelfAttention, mlp=TorchMLP, residual=get_residual_add)
     return LayerParts()
 
 
@@ -101,16 +108,17 @@ def choose_backend(name: str, size: ModelConfig) -> tuple[str, str]:
     return "torch", "no GPU" if not gpu else "Transformer Engine is not installed"
 
 
-def check_fp8(fp8_format: str | None, backend: str, reason: str) -> None:
-    """``ValueError`` when FP8 is asked for and a run takes another backend than Transformer Engine's."""
-    if fp8_format is not None and backend != "transformer_engine":
-        raise ValueError(f"--fp8-format needs Transformer Engine, this run takes {backend} layers: {reason}")
+def check_engine_only(config: Config, backend: str, reason: str) -> None:
+    """``ValueError`` when only Transformer Engine has what is asked for, and a run takes another backend."""
+    for flag, given in engine_only(config):
+        if given and backend != "transformer_engine":
+            raise ValueError(f"{flag} needs Transformer Engine, this run takes {backend} layers: {reason}")
 
 
-def build_provider(name: str, size: ModelConfig) -> BackendSpecProvider:
-    """The spec provider of a resolved backend name for a model."""
+def build_provider(name: str, size: ModelConfig, grouped: bool = False) -> BackendSpecProvider:
+    """The spec provider of a resolved backend name for a model; ``grouped``: experts in one product."""
     if name == "transformer_engine":
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+        from megatron_steel.model.engine import EngineSpecProvider
 
-        return TESpecProvider()
+        return EngineSpecProvider(grouped)
     return TorchSpecProvider(size.apply_layernorm_1p) if name == "torch" else LocalSpecProvider()

@@ -134,7 +134,7 @@ def build_chunk(
     last = world.pipeline_rank == world.pipeline_size - 1 and stage in (None, chunks - 1)
     before = get_transformer_layer_offset(options, stage, world.pipeline_rank)
     layers = range(before, before + get_num_layers_to_build(options, stage, world.pipeline_rank))
-    spec = layer_spec(build_provider(backend, size), size, layers)
+    spec = layer_spec(build_provider(backend, size, config.parallel.moe_grouped_gemm), size, layers)
     if config.lora.lora_rank is not None:
         add_adapters(spec, config.lora, size)
     kind = ScoringModel if size.score_head else LanguageModel
@@ -215,7 +215,7 @@ def build_model(config: Config, vocab_size: int, world: World, training: bool = 
     Raises ``ValueError`` when the wished backend cannot run here.
     """
     backend, reason = choose_backend(config.parallel.transformer_impl, config.size)
-    options = transformer_config(config)
+    options = transformer_config(config, backend)
     chunks = virtual_chunks(config)
     stages: list[int | None] = list(range(chunks)) if chunks else [None]
     modules: list[MegatronModule] = [

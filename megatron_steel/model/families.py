@@ -19,6 +19,7 @@ from megatron_steel.config.model_schema import Activation
 from megatron_steel.config.schema import Config, MemoryConfig, ModelConfig
 from megatron_steel.model.mla import latent_options
 from megatron_steel.model.moe import expert_options
+from megatron_steel.model.rope import attention_factor
 from megatron_steel.runtime import device
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -70,8 +71,28 @@ def recompute_options(memory: MemoryConfig) -> dict[str, Any]:
     }
 
 
-def transformer_config(config: Config) -> TransformerConfig:
-    """megatron-core's configuration for a checked :class:`Config`."""
+def engine_options(config: Config, backend: str) -> dict[str, Any]:
+    """megatron-core's settings of what only Transformer Engine has."""
+    training, size = config.training, config.size
+    ours = backend == "transformer_engine"
+    return {
+        # Its kernel takes no factor of cosine and sine, which megatron-core would warn of in every layer.
+        "apply_rope_fusion": ours and size.position_embedding_type == "rope" and attention_factor(size) == 1.0,
+        "fp8": training.fp8_format,
+        "fp8_recipe": training.fp8_recipe,
+        "fp8_margin": training.fp8_margin,
+        "fp8_amax_history_len": training.fp8_amax_history_len,
+        "fp8_amax_compute_algo": training.fp8_amax_compute_algo,
+        "first_last_layers_bf16": training.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": training.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": training.num_layers_at_end_in_bf16,
+        "cuda_graph_impl": training.cuda_graph_impl,
+        "use_te_rng_tracker": training.cuda_graph_impl != "none",
+    }
+
+
+def transformer_config(config: Config, backend: str = "torch") -> TransformerConfig:
+    """megatron-core's configuration for a checked :class:`Config` and a resolved layer backend."""
     size, parallel, training = config.size, config.parallel, config.training
     dtype = getattr(torch, compute_type(training))
     chunks = virtual_chunks(config)
@@ -83,7 +104,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **attention_options(size),
         **(latent_options(size) if size.multi_latent_attention else {}),
         **feed_forward_options(size, on_gpu),
-        **expert_options(size),
+        **expert_options(size, parallel.moe_grouped_gemm),
         **recompute_options(config.memory),
         normalization=size.normalization,
         layernorm_epsilon=size.norm_epsilon,
@@ -104,8 +125,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=training.bf16,
         deterministic_mode=training.deterministic_mode,
         fp16=training.fp16,
-        fp8=training.fp8_format,
-        fp8_recipe=training.fp8_recipe,
+        **engine_options(config, backend),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks,
@@ -128,7 +148,6 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         # weight_gradients.py switches it on where there are main gradients.
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
     )
 
 

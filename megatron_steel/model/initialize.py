@@ -36,6 +36,8 @@ def model_wide_name(model: GPTModel, name: str) -> str:
         return name
     layer = model.decoder.layers[int(match.group(1))]
     name = f"decoder.layers.{layer.layer_number - 1}.{name[match.end() :]}"
+    # Grouped experts are weights of one module; run one after another, they are modules.
+    name = re.sub(r"\.experts\.(linear_fc[12]\.)(weight|bias)(\d+)$", r".experts.local_experts.\3.\1\2", name)
     # Each rank counts its experts from 0.
     return re.sub(r"(?<=\.local_experts\.)\d+", lambda local: str(layer.mlp.local_expert_indices[int(local[0])]), name)
 

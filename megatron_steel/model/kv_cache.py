@@ -117,7 +117,7 @@ def feeding(model: Model) -> Iterator[None]:
     It may be in the middle of training. Collective over the replicas where weights still have to be gathered.
     """
     model.gather_parameters()
-    modes = [chunk.training for chunk in model.chunks]
+    modes, fp8 = [chunk.training for chunk in model.chunks], model.options.fp8
     modules = [module for chunk in model.chunks for module in chunk.modules()]
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
     owners = [
@@ -131,10 +131,13 @@ def feeding(model: Model) -> Iterator[None]:
             chunk.eval()
         for owner, name in owners:
             setattr(owner, name, False)
+        # FP8 multiplies tokens in multiples of 16.
+        model.options.fp8 = None
         yield
     finally:
         for owner, name in owners:
             setattr(owner, name, True)
+        model.options.fp8 = fp8
         for language_model in model.language_models():
             language_model.set_input_tensor(None)
         for chunk, mode in zip(model.chunks, modes, strict=True):

@@ -22,11 +22,15 @@ from torch import Tensor
 
 from megatron_steel.config.schema import ModelConfig
 
+EXPERTS = (".local_experts.", ".mlp.experts.linear_fc")
+"""What names of experts' weights have in them, run one after another or grouped."""
 
-def expert_options(size: ModelConfig) -> dict[str, Any]:
+
+def expert_options(size: ModelConfig, grouped: bool = False) -> dict[str, Any]:
     """Fields of megatron-core's configuration for a model with experts; empty for one without.
 
-    Experts run one after another (megatron-core's ``SequentialMLP``), the same on every backend.
+    Experts run one after another (megatron-core's ``SequentialMLP``), the same on every backend, or ``grouped``: all of
+    a layer in one call of Transformer Engine. Checkpoints of both are the same.
     """
     if size.num_experts is None:
         return {}
@@ -48,13 +52,14 @@ def expert_options(size: ModelConfig) -> dict[str, Any]:
         "moe_aux_loss_coeff": size.moe_aux_loss_coeff,
         "moe_router_load_balancing_type": "aux_loss" if size.moe_aux_loss_coeff else "none",
         "moe_token_dispatcher_type": size.moe_token_dispatcher_type,
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": grouped,
     }
 
 
 def expert_spec(provider: BackendSpecProvider, size: ModelConfig) -> ModuleSpec:
     """The feed-forward of a layer with experts, from a backend's linear layers; its norm is a module of its own."""
-    spec = get_moe_module_spec_for_backend(provider, num_experts=size.num_experts, moe_grouped_gemm=False)
+    grouped: bool = getattr(provider, "grouped", False)
+    spec = get_moe_module_spec_for_backend(provider, num_experts=size.num_experts, moe_grouped_gemm=grouped)
     spec.submodules.router = Router
     return spec
 
@@ -67,8 +72,11 @@ def mark_experts(model: torch.nn.Module) -> None:
     either, and the optimizer would have one part instead of two: such a checkpoint would not load on other layouts.
     """
     for name, parameter in model.named_parameters():
-        if ".local_experts." in name:
+        if any(part in name for part in EXPERTS):
             parameter.allreduce = False
+            # Transformer Engine, which knows nothing of how experts are shared out, says the rows for all of them.
+            if getattr(parameter, "tensor_model_parallel", False):
+                parameter.partition_dim = int(".linear_fc2.weight" in name)
 
 
 @dataclass(frozen=True)

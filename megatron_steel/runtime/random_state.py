@@ -13,11 +13,12 @@ from megatron_steel.runtime import device
 _TRACKER = "tracker."
 
 
-def seed_everything(seed: int, pipeline_rank: int) -> None:
+def seed_everything(seed: int, pipeline_rank: int, recordable: bool = False) -> None:
     """Seed Python, NumPy, torch and megatron.core's tracker, as Megatron-LM does.
 
     Pipeline stages differ by 100; replicas are alike, so they start from the same weights; the tracker gives
     tensor-parallel ranks numbers of their own where the model asks for them (``model_parallel_cuda_manual_seed``).
+    ``recordable``: by generators that CUDA graphs can hold on to, Transformer Engine's.
     """
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -25,7 +26,7 @@ def seed_everything(seed: int, pipeline_rank: int) -> None:
     random.seed(stage_seed)
     np.random.seed(stage_seed % 2**32)
     torch.manual_seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed, te_rng_tracker=recordable)
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -46,7 +47,7 @@ def rng_state() -> dict[str, torch.Tensor]:
     if on_gpu is not None:
         state["gpu"] = on_gpu
     for name, value in get_cuda_rng_tracker().get_states().items():
-        state[_TRACKER + name] = value.clone()
+        state[_TRACKER + name] = value.get_state() if isinstance(value, torch.Generator) else value.clone()
     return state
 
 
@@ -65,4 +66,10 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     if "gpu" in state:
         device.set_rng_state(state["gpu"])
     tracked = {name.removeprefix(_TRACKER): value for name, value in state.items() if name.startswith(_TRACKER)}
-    get_cuda_rng_tracker().set_states(tracked)
+    generators = get_cuda_rng_tracker().get_states()
+    if not any(isinstance(value, torch.Generator) for value in generators.values()):
+        get_cuda_rng_tracker().set_states(tracked)
+        return
+    # Graphs that are recorded hold on to these very generators.
+    for name, generator in generators.items():
+        generator.set_state(tracked[name])

@@ -82,10 +82,12 @@ def start(
     expert_tensor_parallel_size: int | None = None,
     timeout_minutes: float = 10.0,
     seed: int = 1234,
+    recordable_rng: bool = False,
 ) -> World:
     """Join the other ranks (torchrun's environment; alone without it), build all groups, bind the device, seed.
 
     Every group gets ``timeout_minutes``. A default process group that exists already is used as it is.
+    ``recordable_rng``: dropout may become part of CUDA graphs.
     Raises ``ValueError`` when the sizes do not divide the number of ranks or a rank has no GPU.
     """
     cpu.install()
@@ -118,7 +120,7 @@ def start(
     )
     on_host = dist.group.WORLD if where.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout)
     assert on_host is not None
-    seed_everything(seed, parallel_state.get_pipeline_model_parallel_rank())
+    seed_everything(seed, parallel_state.get_pipeline_model_parallel_rank(), recordable_rng)
     return World(
         rank=rank,
         size=size,

@@ -25,7 +25,7 @@ from megatron_steel.data.phases import Phase, Request, arrange, parse_phases
 from megatron_steel.data.sources import DataSources, TokenizerFacts, open_sources
 from megatron_steel.evaluate.rewards import Reward
 from megatron_steel.metrics.sinks import check_packages
-from megatron_steel.model.backends import check_fp8, choose_backend
+from megatron_steel.model.backends import check_engine_only, choose_backend
 from megatron_steel.model.own_layer import load_layer_function
 from megatron_steel.optim.schedule import check_same_schedule, schedule_identity
 from megatron_steel.runtime import device
@@ -245,7 +245,7 @@ def check_run(config: Config) -> list[str]:
     """The rules of options, and of what is installed for them; returns warnings."""
     warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")))
     backend = choose_backend(config.parallel.transformer_impl, config.size)
-    check_fp8(config.training.fp8_format, *backend)
+    check_engine_only(config, *backend)
     check_context_backend(config, backend[0])
     if config.optimizer.optimizer_cpu_offload and not device.has_gpu():
         warnings.append("--optimizer-cpu-offload has no effect without a GPU: everything is in host memory")

@@ -230,6 +230,7 @@ def run(prepared: Prepared) -> int:
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
         seed=config.data.seed,
+        recordable_rng=config.training.cuda_graph_impl != "none",
     )
     try:
         with watching(world), StopRequest() as stop_request:

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_steel.config.load import from_flat
 from megatron_steel.config.schema import ModelConfig
 from megatron_steel.model import backends
-from megatron_steel.model.backends import build_provider, check_fp8, choose_backend
+from megatron_steel.model.backends import build_provider, check_engine_only, choose_backend
 from megatron_steel.model.families import transformer_config
 from megatron_steel.model.initialize import initial_value
 from megatron_steel.model.layer import DecoderLayer, get_residual_add
@@ -57,8 +57,8 @@ def test_fp8_reaches_megatron_core_or_is_refused_in_one_line() -> None:
     options = transformer_config(from_flat(flat))
     assert (options.fp8, options.fp8_recipe) == ("hybrid", "blockwise")
     assert transformer_config(from_flat({"bf16": True})).fp8 is None
-    check_fp8("hybrid", "transformer_engine", "")
-    check_fp8(None, "torch", "")
+    check_engine_only(from_flat(flat), "transformer_engine", "")
+    check_engine_only(from_flat({}), "torch", "")
     with pytest.raises(ValueError, match="--fp8-format needs Transformer Engine, this run takes torch layers: no GPU$"):
         prepare(from_flat(flat))
 
