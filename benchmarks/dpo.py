@@ -99,6 +99,7 @@ def run_ours(case: Case, folder: Path, settings: Settings, gate: bool) -> dict[s
     flags += ["--lr", str(LR), "--lr-decay-style", "constant", "--weight-decay", "0", "--beta", str(BETA)]
     flags += ["--clip-grad", "0" if gate else "1", "--max-epochs-per-source", "100", "--log-interval", "1000000"]
     flags += ["--packing"] if settings["packing"] and not gate else ["--no-packing"]
+    flags += [] if settings.get("shared", True) else ["--no-share-prompts"]
     config = parse(flags, "megatron_steel.preference")
     cpu.install()
     from megatron_steel.runtime import world as runtime

@@ -12,7 +12,7 @@ import torch
 from hf_models import make_model
 from pool import WorkerPool
 from tiny_chats import TOKENIZER, chat_options, write_pairs
-from tiny_run import Trace, keep_weights, largest_relative, start_world, take_steps
+from tiny_run import LAYOUTS, Trace, keep_weights, largest_relative, start_world, take_steps
 
 from megatron_steel.config.load import from_flat
 from megatron_steel.objective.texts import TextLogps
@@ -59,6 +59,7 @@ def work_share(options: dict[str, Any]) -> Found:
         gradients = {
             path: parameter.main_grad.float().numpy().copy()
             for path, parameter in session.model.language_models()[0].named_parameters()
+            if parameter.requires_grad
         }
         for chunk in session.model.chunks:
             chunk.zero_grad_buffer()
@@ -81,14 +82,14 @@ def check_same(ours: Found, wanted: Found) -> None:
             assert row[name] == pytest.approx(other[name], rel=1e-5, abs=2e-5), name
 
 
-def flat(folder: Path, name: str, **more: Any) -> dict[str, Any]:
+def flat(folder: Path, name: str, judged: bool = False) -> dict[str, Any]:
     """A run of a family."""
     from transformers import AutoTokenizer
 
-    data = write_pairs(folder / "pairs.jsonl", 12)
+    data = write_pairs(folder / "pairs.jsonl", 12, judged=judged)
     make_model(name, vocab_size=ROWS).save_pretrained(folder / name)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / name)
-    return chat_options(str(folder / name), data, seq_length=128, global_batch_size=2, **more)
+    return chat_options(str(folder / name), data, seq_length=128, global_batch_size=2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,6 +98,26 @@ def test_a_family_trains_the_same(pool: WorkerPool, tmp_path: Path, name: str) -
     (shared,) = pool.run(1, work_share, options, join=False)
     (plain,) = pool.run(1, work_share, {**options, "share_prompts": False}, join=False)
     check_same(shared, plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "changes"),
+    [
+        ("qwen3", "1", {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+        ("qwen3", "tp2-sp", {"packing": False}),
+        ("qwen3", "pp2", {"loss_type": "kto"}),
+        ("qwen2-untied", "1", {"loss_type": "rm"}),
+        ("llama-tied", "dp2-sharded", {"lora_rank": 4, "reference": "lora-base", "global_batch_size": 4}),
+    ],
+)
+def test_a_run_trains_the_same(
+    pool: WorkerPool, tmp_path: Path, name: str, layout: str, changes: dict[str, Any]
+) -> None:
+    options = flat(tmp_path, name, judged=changes.get("loss_type") == "kto") | changes | LAYOUTS[layout].flags
+    shared = pool.run(LAYOUTS[layout].ranks, work_share, options, join=False)
+    plain = pool.run(LAYOUTS[layout].ranks, work_share, {**options, "share_prompts": False}, join=False)
+    for ours, wanted in zip(shared, plain, strict=True):
+        check_same(ours, wanted)
 
 
 def work_strangers(options: dict[str, Any]) -> list[np.ndarray]:
