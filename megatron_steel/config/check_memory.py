@@ -7,10 +7,14 @@ from megatron_steel.config.family import has_experts
 from megatron_steel.config.pipeline import layers_by_stage
 from megatron_steel.config.schema import Config, ModelConfig
 
-# Defaults of --cross-entropy-chunk-size: bytes of fp32 logits above which they are computed in parts, tokens of a part.
+# Defaults of --cross-entropy-chunk-size: bytes of logits above which they are computed in parts, tokens of a part.
 # Parts take a third more work in the head, and a few hundred MiB for a vocabulary of 150,000.
 LARGE_LOGITS = 4 * 2**30
 CHUNK = 512
+# Where a GPU's kernel reads logits as they are and overwrites them with their gradient: 28,000 tokens in 16 bits, and
+# parts that keep its matrix units busy, 1.2 GB each.
+LARGE_IN_PLACE = 8 * 2**30
+CHUNK_IN_PLACE = 4096
 MODULES = ("core_attn", "mlp", "moe", "shared_experts", "mla_up_proj")
 # megatron-core has these too.
 REFUSED = {
@@ -31,11 +35,19 @@ def layers_of_chunks(config: Config) -> list[int]:
     return [min(chunk or len(layers), len(layers)) for layers in layers_by_stage(config)]
 
 
-def tokens_at_once(chunk: int | None, tokens: int, rows: int) -> int:
-    """Of ``tokens`` in a micro-batch, those whose logits exist at once, with ``rows`` of the vocabulary on a rank."""
+def tokens_at_once(chunk: int | None, tokens: int, rows: int, in_place: int | None = None) -> int:
+    """Of ``tokens`` in a micro-batch, those whose logits exist at once, with ``rows`` of the vocabulary on a rank.
+
+    ``in_place``: bytes of a logit where nothing but logits is kept; None where they are widened to fp32.
+    """
     if chunk is None:
-        return tokens if 4 * tokens * rows <= LARGE_LOGITS else min(tokens, CHUNK)
+        return tokens if tokens <= most_whole(rows, in_place) else min(tokens, CHUNK_IN_PLACE if in_place else CHUNK)
     return min(chunk, tokens) or tokens
+
+
+def most_whole(rows: int, in_place: int | None = None) -> int:
+    """Most tokens of a micro-batch whose logits are not computed in parts by themselves; arguments as above."""
+    return LARGE_IN_PLACE // (in_place * rows) if in_place else LARGE_LOGITS // (4 * rows)
 
 
 def missing_module(size: ModelConfig, name: str) -> str | None:

@@ -191,7 +191,8 @@ class MemoryConfig:
     recompute_modules: list[str] = field(default_factory=list)
     """With selective: core_attn (when empty), mlp, moe, shared_experts, mla_up_proj."""
     cross_entropy_chunk_size: int | None = None
-    """Tokens whose logits exist at once; 0: all. Unset: all of a micro-batch up to 4 GiB in fp32, above that 512."""
+    """Tokens whose logits exist at once; 0: all. Unset: all of a micro-batch up to 4 GiB in fp32, above that 512; on a
+    GPU with Triton, which keeps them in the computing type, up to 8 GiB, above that 4096."""
 
 
 @dataclass(kw_only=True)

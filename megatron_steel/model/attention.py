@@ -29,6 +29,7 @@ from torch import Tensor
 
 from megatron_steel.model.blocks import row_blocks
 from megatron_steel.model.context import context_attention, packed_context_attention
+from megatron_steel.model.kernels.choice import takes_kernel
 from megatron_steel.model.packed import packed_attention
 from megatron_steel.model.rope import table_of
 from megatron_steel.model.window import causal_attention
@@ -193,6 +194,15 @@ class SplitAndRotate(torch.autograd.Function):
         return mixed.flatten(2), None, None, None, None
 
 
+def split_and_rotate(mixed: Tensor, cos: Tensor, sin: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:class:`SplitAndRotate`, on what the device of ``mixed`` has for it."""
+    if not takes_kernel(mixed):
+        return SplitAndRotate.apply(mixed, cos, sin, groups, width)
+    from megatron_steel.model.kernels.rotate import SplitAndRotateKernel
+
+    return SplitAndRotateKernel.apply(mixed, cos, sin, groups, width)
+
+
 class TorchSelfAttention(SelfAttention):
     """megatron-core's self-attention with short ways through it for training and for one token after another.
 
@@ -252,7 +262,7 @@ class TorchSelfAttention(SelfAttention):
         mixed, _ = self.linear_qkv(hidden_states)
         packed, factor = packed_seq_params is not None, _yarn_get_concentration_factor_from_config(self.config)
         cos, sin = (packed_rotary_table if packed else rotary_table)(rotary_pos_emb, mixed.dtype, factor)
-        query, key, value = SplitAndRotate.apply(
+        query, key, value = split_and_rotate(
             mixed, cos, sin, self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         )
         recomputed = self.checkpoint_core_attention and self.training
@@ -279,7 +289,7 @@ class TorchSelfAttention(SelfAttention):
         if self.is_plain(rotary_pos_emb):
             mixed, _ = self.linear_qkv(hidden_states)
             cos, sin = rotary_table(rotary_pos_emb, mixed.dtype, factor)
-            query, key, value = SplitAndRotate.apply(
+            query, key, value = split_and_rotate(
                 mixed, cos[rows], sin[rows], self.num_query_groups_per_partition, self.hidden_size_per_attention_head
             )
         else:

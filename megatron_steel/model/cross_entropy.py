@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_steel.model.blocks import row_blocks
+from megatron_steel.model.kernels.choice import takes_kernel
 
 
 def first_row(rows: int, group: ProcessGroup | None) -> int:
@@ -63,6 +64,37 @@ def gradient(exp_SBV: Tensor, total_SB1: Tensor, local_SB1: Tensor, here_SB1: Te
     exp_SBV.scatter_add_(-1, local_SB1, -grad_SB1 * here_SB1)
 
 
+def sums(
+    logits_SBV: Tensor, labels_SB: Tensor, valid: int, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`exponentials`, on what the device of the logits has for it; fp32 logits may be overwritten."""
+    if not takes_kernel(logits_SBV):
+        return exponentials(widen(logits_SBV, valid, group), labels_SB, group)
+    from megatron_steel.model.kernels.cross_entropy import read_sums
+
+    return read_sums(logits_SBV, labels_SB, valid, first_row(logits_SBV.shape[-1], group), group)
+
+
+def logits_gradient(
+    logits_SBV: Tensor,
+    labels_SB: Tensor,
+    total_SB1: Tensor,
+    peak_SB1: Tensor,
+    grad_SB1: Tensor,
+    valid: int,
+    group: ProcessGroup | None,
+) -> Tensor:
+    """The gradient of logits from the other two results of :func:`sums`; the logits may be overwritten."""
+    rows = logits_SBV.shape[-1]
+    if takes_kernel(logits_SBV):
+        from megatron_steel.model.kernels.cross_entropy import overwrite
+
+        return overwrite(logits_SBV, labels_SB, total_SB1, peak_SB1, grad_SB1, valid, first_row(rows, group))
+    exp_SBV = widen(logits_SBV, valid, group).sub_(peak_SB1).exp_()
+    gradient(exp_SBV, total_SB1, *local_labels(labels_SB, rows, group), grad_SB1)
+    return exp_SBV
+
+
 class VocabParallelCrossEntropy(torch.autograd.Function):
     """Loss per token from logits whose last axis is this rank's share of the vocabulary.
 
@@ -87,6 +119,26 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return exp_SBV.to(ctx.logits_dtype), None, None, None
 
 
+class NarrowCrossEntropy(torch.autograd.Function):
+    """The same where a kernel reads 16-bit logits as they are: they are overwritten in the backward pass alone.
+
+    No other tensor has a number for each logit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_SBV: Tensor, labels_SB: Tensor, valid: int, group: ProcessGroup | None) -> Tensor:
+        """See :func:`cross_entropy`."""
+        target_SB1, total_SB1, peak_SB1 = sums(logits_SBV, labels_SB, valid, group)
+        ctx.save_for_backward(logits_SBV, labels_SB, total_SB1, peak_SB1)
+        ctx.valid, ctx.group = valid, group
+        return (total_SB1.log() - target_SB1).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """softmax(logits) - one_hot(label), times the incoming gradient, written over the logits."""
+        return logits_gradient(*ctx.saved_tensors, grads[0].unsqueeze(-1), ctx.valid, ctx.group), None, None, None
+
+
 def cross_entropy(logits_SBV: Tensor, labels_SB: Tensor, valid_vocab: int, group: ProcessGroup | None) -> Tensor:
     """-log softmax(logits)[label] for each token, in fp32.
 
@@ -99,4 +151,5 @@ def cross_entropy(logits_SBV: Tensor, labels_SB: Tensor, valid_vocab: int, group
 
     Returns: fp32 losses [S, B].
     """
-    return VocabParallelCrossEntropy.apply(logits_SBV, labels_SB, valid_vocab, group)
+    function = NarrowCrossEntropy if takes_kernel(logits_SBV) else VocabParallelCrossEntropy
+    return function.apply(logits_SBV, labels_SB, valid_vocab, group)

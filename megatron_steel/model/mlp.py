@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megatron_steel.model.blocks import row_blocks
+from megatron_steel.model.kernels.choice import takes_kernel
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -39,8 +40,17 @@ class SwiGLUFunction(torch.autograd.Function):
         return grad_x
 
 
+def swiglu(x: Tensor) -> Tensor:
+    """x [..., 2 F] -> silu(gate) * up, [..., F], on what the device of x has for it."""
+    if not takes_kernel(x):
+        return SwiGLUFunction.apply(x)
+    from megatron_steel.model.kernels.swiglu import SwiGLUKernel
+
+    return SwiGLUKernel.apply(x)
+
+
 class TorchMLP(MLP):
-    """megatron-core's feed-forward, around :class:`SwiGLUFunction` where that is its activation."""
+    """megatron-core's feed-forward, around :func:`swiglu` where that is its activation."""
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **rest: Any
@@ -52,7 +62,7 @@ class TorchMLP(MLP):
             return super().forward(hidden_states, per_token_scale, **rest)
         inner, bias = self.linear_fc1(hidden_states)
         assert bias is None
-        return self.linear_fc2(SwiGLUFunction.apply(inner))
+        return self.linear_fc2(swiglu(inner))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

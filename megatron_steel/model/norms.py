@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_steel.model.blocks import row_blocks
+from megatron_steel.model.kernels.choice import takes_kernel
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -52,6 +53,19 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), None
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., H], weight [H] -> [..., H] in x's dtype, on what the device of x has for it."""
+    if x.is_cpu:
+        return RMSNormFunction.apply(x, weight, eps)
+    if takes_kernel(x):
+        from megatron_steel.model.kernels.rms_norm import RMSNormKernel
+
+        return RMSNormKernel.apply(x, weight, eps)
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+
+
 def norm_parameter(config: TransformerConfig, width: int, value: float = 1.0) -> torch.nn.Parameter:
     """A weight or bias of a norm; in a model, initialize.py or a checkpoint gives the values."""
     parameter = torch.nn.Parameter(torch.full((width,), value, dtype=config.params_dtype))
@@ -71,9 +85,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
-        if x.is_cpu:
-            return RMSNormFunction.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class ZeroCentredRMSNorm(RMSNorm):
@@ -81,10 +93,7 @@ class ZeroCentredRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
-        weight = 1.0 + self.weight.float()
-        if x.is_cpu:
-            return RMSNormFunction.apply(x, weight, self.eps)
-        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        return rms_norm(x, 1.0 + self.weight.float(), self.eps)
 
 
 class LayerNorm(torch.nn.Module):

@@ -19,7 +19,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_steel.config.check_memory import tokens_at_once
 from megatron_steel.model.attention_math import softcap
-from megatron_steel.model.cross_entropy import cross_entropy, exponentials, gradient, local_labels, widen
+from megatron_steel.model.cross_entropy import cross_entropy, logits_gradient, sums
+from megatron_steel.model.kernels.choice import takes_kernel
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -42,7 +43,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """-> fp32 losses [T]; ``valid`` rows of the whole vocabulary are real, logits go through a softcap ``cap``."""
         parts = [
-            exponentials(widen(capped(hidden @ weight_VH.t(), cap), valid, group), labels, group)
+            sums(capped(hidden @ weight_VH.t(), cap), labels, valid, group)
             for hidden, labels in zip(hidden_TH.split(chunk), labels_T.split(chunk), strict=True)
         ]
         target_T1, total_T1, peak_T1 = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -53,24 +54,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         """Gradients of hidden states and of the weight, which is summed in fp32 over the parts."""
+        # That module needs this one.
+        from megatron_steel.model.weight_gradients import add_weight_gradient
+
         hidden_TH, weight_VH, labels_T, total_T1, peak_T1 = ctx.saved_tensors
-        rows, exact = weight_VH.shape[0], weight_VH.dtype == torch.float32
         grad_hidden_TH = torch.empty_like(hidden_TH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         tensors = (hidden_TH, labels_T, total_T1, peak_T1, grads[0].unsqueeze(-1), grad_hidden_TH)
         for hidden, labels, total, peak, grad, grad_hidden in zip(*(x.split(ctx.chunk) for x in tensors), strict=True):
             logits_RV = capped(hidden @ weight_VH.t(), ctx.cap)
             slope_RV = None if ctx.cap is None else 1 - (logits_RV / ctx.cap).square()
-            grad_RV = widen(logits_RV, ctx.valid, ctx.group).sub_(peak).exp_()
-            gradient(grad_RV, total, *local_labels(labels, rows, ctx.group), grad)
-            grad_RV = grad_RV.to(weight_VH.dtype)
+            grad_RV = logits_gradient(logits_RV, labels, total, peak, grad, ctx.valid, ctx.group).to(weight_VH.dtype)
             if slope_RV is not None:
                 grad_RV.mul_(slope_RV)
             torch.mm(grad_RV, weight_VH, out=grad_hidden)
-            if exact:
-                grad_weight_VH.addmm_(grad_RV.t(), hidden)
-            else:
-                grad_weight_VH.add_(grad_RV.t() @ hidden)
+            add_weight_gradient(hidden, grad_RV, grad_weight_VH)
             # Or two parts would exist while the next one is made.
             del logits_RV, slope_RV, grad_RV
         return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
@@ -106,7 +104,8 @@ class OutputLayer(ColumnParallelLinear):
                 assert self.cap is None
                 input_ = input_ / self.temperature
             table = self.weight if weight is None else weight
-            chunk = tokens_at_once(self.chunk, labels_SB.numel(), table.shape[0])
+            in_place = table.element_size() if takes_kernel(table) else None
+            chunk = tokens_at_once(self.chunk, labels_SB.numel(), table.shape[0], in_place)
             if chunk < labels_SB.numel():
                 return self.chunked_loss(input_, table, labels_SB, chunk), None
         logits, bias = super().forward(input_, weight, runtime_gather_output)

@@ -21,9 +21,9 @@ from typing import Literal
 from megatron_steel.config.check import data_parallel_size, virtual_chunks
 from megatron_steel.config.check_experts import expert_tensor_size
 from megatron_steel.config.check_memory import (
-    CHUNK,
-    LARGE_LOGITS,
+    CHUNK_IN_PLACE,
     layers_of_chunks,
+    most_whole,
     recomputed_modules,
     tokens_at_once,
 )
@@ -232,18 +232,17 @@ def activation_bytes(config: Config, stage: int, layers: int, tokens: int) -> in
 
 
 def logits_bytes(config: Config, padded_vocab_size: int, tokens: int) -> int:
-    """Bytes of the logits that exist at once: fp32 ones, reused for the softmax and its gradient, and 16-bit ones.
+    """Bytes of the logits that exist at once, on a GPU: in the computing type, reused for their gradient.
 
     A reward model has none, but widens hidden states to fp32.
     """
-    narrow = compute_type(config.training) != "float32"
+    element = 4 if compute_type(config.training) == "float32" else 2
     if config.size.score_head:
-        return 4 * tokens * config.size.hidden_size if narrow else 0
+        return 4 * tokens * config.size.hidden_size if element == 2 else 0
     rows = padded_vocab_size // config.parallel.tensor_model_parallel_size
-    at_once = tokens_at_once(config.memory.cross_entropy_chunk_size, tokens, rows)
-    each = 6 if narrow else 4
+    at_once = tokens_at_once(config.memory.cross_entropy_chunk_size, tokens, rows, element)
     # In parts, the gradient of the table is summed in fp32 beside its own.
-    return at_once * rows * each + (4 * rows * config.size.hidden_size if 0 < at_once < tokens else 0)
+    return at_once * rows * element + (4 * rows * config.size.hidden_size if 0 < at_once < tokens else 0)
 
 
 def parameter_bytes(config: Config, held: StageParameters, replicas: int) -> tuple[int, int, int]:
@@ -338,9 +337,9 @@ def whole_logits(config: Config, padded_vocab_size: int) -> int | None:
         config.memory.cross_entropy_chunk_size,
         padded_vocab_size // config.parallel.tensor_model_parallel_size,
     )
-    tokens = LARGE_LOGITS // (4 * rows) if chunk is None else chunk
+    tokens = most_whole(rows, 4 if compute_type(config.training) == "float32" else 2) if chunk is None else chunk
     of_sample = config.training.seq_length // config.parallel.context_parallel_size
-    return None if chunk == 0 else max(tokens, CHUNK if chunk is None else 0) // of_sample
+    return None if chunk == 0 else max(tokens, CHUNK_IN_PLACE if chunk is None else 0) // of_sample
 
 
 def run_time(tokens: float, flops_each: float, devices: int, peak_flops: float, mfu: float) -> RunTime:

@@ -8,6 +8,7 @@ import platform
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -78,6 +79,11 @@ def upload(values: torch.Tensor, where: torch.device) -> torch.Tensor:
     when the copy from it has ended.
     """
     return values if where.type == "cpu" else values.pin_memory().to(where, non_blocking=True)
+
+
+def of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """A context in which the device of ``tensor`` is the current one: Triton's kernels start there."""
+    return torch.cuda.device_of(tensor)
 
 
 def empty_cache() -> None:

@@ -272,10 +272,10 @@ def test_logits_in_parts_do_not_grow() -> None:
     table = 4 * 151936 * 1792  # the gradient, summed in fp32
     config.memory.cross_entropy_chunk_size = 512
     for tokens in (1024, 2**20):
-        assert estimate.logits_bytes(config, 151936, tokens) == 6 * 512 * 151936 + table
+        assert estimate.logits_bytes(config, 151936, tokens) == 2 * 512 * 151936 + table
     config.memory.cross_entropy_chunk_size = None
-    assert estimate.logits_bytes(config, 151936, 2048) == 6 * 2048 * 151936
-    assert estimate.logits_bytes(config, 151936, 8192) == 6 * 512 * 151936 + table
+    assert estimate.logits_bytes(config, 151936, 16384) == 2 * 16384 * 151936
+    assert estimate.logits_bytes(config, 151936, 32768) == 2 * 4096 * 151936 + table
 
 
 def test_run_time() -> None:

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from pool import WorkerPool
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_steel.config.check_memory import CHUNK, LARGE_LOGITS, tokens_at_once
+from megatron_steel.config.check_memory import (
+    CHUNK,
+    CHUNK_IN_PLACE,
+    LARGE_IN_PLACE,
+    LARGE_LOGITS,
+    tokens_at_once,
+)
 from megatron_steel.model.cross_entropy import cross_entropy
 from megatron_steel.model.output import ChunkedCrossEntropy, capped
 
@@ -134,5 +140,8 @@ def test_tokens_at_once() -> None:
     rows = 151_936
     most = LARGE_LOGITS // (4 * rows)
     assert [tokens_at_once(None, tokens, rows) for tokens in (most, most + 1)] == [most, CHUNK]
-    assert tokens_at_once(0, 10**6, rows) == 10**6
+    most = LARGE_IN_PLACE // (2 * rows)
+    assert most > 16384, "a large micro-batch of 16-bit logits"
+    assert [tokens_at_once(None, tokens, rows, 2) for tokens in (most, most + 1)] == [most, CHUNK_IN_PLACE]
+    assert tokens_at_once(0, 10**6, rows) == tokens_at_once(0, 10**6, rows, 2) == 10**6
     assert [tokens_at_once(64, tokens, 10) for tokens in (32, 64, 65)] == [32, 64, 64]

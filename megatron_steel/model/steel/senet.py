@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_steel.config.families.steel import expert_width
 from megatron_steel.config.schema import ModelConfig
-from megatron_steel.model.mlp import SwiGLUFunction
+from megatron_steel.model.mlp import swiglu
 
 
 class DoubleSwiGLU(MegatronModule):
@@ -40,8 +40,8 @@ class DoubleSwiGLU(MegatronModule):
     def forward(self, hidden_states: Tensor, **rest: Any) -> tuple[Tensor, None]:
         """hidden_states [S, B, H] -> the same shape, and no bias."""
         inner, _ = self.linear_fc1(hidden_states)
-        outer, _ = self.linear_fc2(SwiGLUFunction.apply(inner))
-        return SwiGLUFunction.apply(outer), None
+        outer, _ = self.linear_fc2(swiglu(inner))
+        return swiglu(outer), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -1,0 +1,1 @@
+"""Triton kernels for what the ``torch`` layer backend computes on a GPU; only ``choice.py`` can be imported without."""

@@ -1,0 +1,38 @@
+"""The Triton kernels in Triton's interpreter, in a process of their own: it is told before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_steel.model.kernels import choice
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(not choice.has_triton(), reason="Triton has no wheels for this system")
+def test_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+def test_layers_need_no_triton() -> None:
+    """Nothing imports it before a tensor on a GPU comes: a CPU-only installation has none."""
+    code = """
+import sys
+sys.modules["triton"] = None
+from megatron_steel.model import attention, cross_entropy, mlp, norms, output
+from megatron_steel.model.kernels import choice
+import torch
+x = torch.randn(2, 8)
+norms.rms_norm(x, x[0], 1e-6), mlp.swiglu(x), cross_entropy.cross_entropy(x, torch.tensor([1, 2]), 8, None)
+assert not [name for name in sys.modules if name.startswith("megatron_steel.model.kernels.") and "choice" not in name]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], check=True, timeout=120)
