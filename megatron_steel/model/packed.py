@@ -5,9 +5,6 @@ Shapes: T tokens of all documents, N query heads, G key/value heads, D head widt
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_steel.data.batch import Seen
+from megatron_steel.model.varlen import fits_varlen, varlen_kernel
 from megatron_steel.model.window import causal_attention
 
 
@@ -56,7 +54,7 @@ def packed_attention(
     ``packed.cu_seqlens_q`` holds the beginning of each document and T, int32 (documents + 1,). With a ``window`` a
     token sees itself and the ``window - 1`` tokens before it. A document that goes on from another sees its beginning.
     """
-    kernel = None if query.is_cpu or query.dtype == torch.float32 or dropout else varlen_kernel()
+    kernel = varlen_kernel() if fits_varlen(query, value, dropout) else None
     if kernel is None:
         bounds, before = host_bounds(packed), seen_before(packed)
         return document_attention(query, key, value, bounds, dropout, scale, window, before=before)
@@ -75,19 +73,7 @@ def packed_attention(
         packed.max_seqlen_kv,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),  # tokens before (all for -1) and after this one
-        enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-@functools.cache
-def varlen_kernel() -> Callable[..., Tensor] | None:
-    """PyTorch's flash attention over documents of different lengths; None where it is not in its form of 2.11."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return None
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"window_size", "enable_gqa", "scale"} <= set(known) else None
 
 
 def equal_runs(bounds: list[int], before: list[int]) -> Iterator[tuple[int, int, int]]:
