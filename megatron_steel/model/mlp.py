@@ -57,8 +57,8 @@ class TorchMLP(MLP):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [S, B, H] -> the same shape, and the output projection's bias."""
         config = self.config
-        swiglu = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
-        if per_token_scale is not None or not swiglu:
+        gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
+        if per_token_scale is not None or not gated:
             return super().forward(hidden_states, per_token_scale, **rest)
         inner, bias = self.linear_fc1(hidden_states)
         assert bias is None
