@@ -23,6 +23,15 @@ def test_kernels_in_the_interpreter() -> None:
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
 
+@pytest.mark.skipif(not choice.has_triton(), reason="Triton has no wheels for this system")
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(HERE / "compiled_kernels.py")]
+    result = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(result.stdout.splitlines()) == 9
+
+
 def test_layers_need_no_triton() -> None:
     """Nothing imports it before a tensor on a GPU comes: a CPU-only installation has none."""
     code = """
