@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_steel.checkpoint import files
 from megatron_steel.checkpoint.dcp_read import StoredTensors
+from megatron_steel.checkpoint.fp8_state import load_fp8, save_fp8
 from megatron_steel.checkpoint.state import STATE_FILE, TrainState
 from megatron_steel.config.family import SCORE
 from megatron_steel.model.build import Model
@@ -47,8 +48,8 @@ def chunk_names(model: Model) -> list[str]:
 def model_state(model: Model, apart: bool = False) -> dict[str, Any]:
     """The sharded state of every chunk this rank holds, under megatron-core's names; ``apart``: each layer its own.
 
-    Layers' extra state (histories of FP8's delayed scaling, pickled bytes) is left out: no recipe here keeps any, and
-    without it checkpoints of all backends are the same and hold nothing that has to be unpickled.
+    Layers' extra state (histories of FP8's delayed scaling, pickled bytes) is left out: without it the checkpoints of
+    all backends are the same and hold nothing that has to be unpickled. fp8_state.py saves what is in it.
     """
     state: dict[str, Any] = {}
     for name, module in zip(chunk_names(model), model.language_models(), strict=True):
@@ -142,6 +143,7 @@ def save(
 
     def write_rest() -> None:
         save_file(runtime.rng_state(), temporary / rng_file(world.rank))
+        save_fp8(model, temporary, world.rank)
         if world.rank == 0:
             files.write_json(temporary / STATE_FILE, state.to_json())
             write_extras(temporary)
@@ -231,7 +233,8 @@ def complete_state(optimizer: ChainedOptimizer, loaded: dict[Any, Any]) -> None:
 def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, state: TrainState, world: World) -> None:
     """Fill weights, optimizer and random state from a checkpoint of any layout.
 
-    Random state is only restored on the number of ranks that wrote it; on another number the seeds decide.
+    Random state and FP8's histories are only restored on the number of ranks that wrote them; on another number the
+    seeds decide, and histories begin anew.
     """
     allocate_moments(optimizer)
     sharded = model_state(model)
@@ -242,6 +245,7 @@ def load_training(checkpoint: Path, model: Model, optimizer: ChainedOptimizer, s
     optimizer.load_state_dict(loaded["optimizer"])
     if state.world_size == world.size:
         runtime.set_rng_state(load_file(checkpoint / rng_file(world.rank)))
+        load_fp8(model, checkpoint, world.rank)
 
 
 def assign(model: Model, loaded: dict[str, Any], anew: Collection[str] = ()) -> None:

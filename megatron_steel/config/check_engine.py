@@ -44,8 +44,8 @@ def check_graphs(config: Config) -> None:
     """A layer is recorded once: it must launch the same kernels on tensors of the same shapes each time."""
     size, parallel, memory = config.size, config.parallel, config.memory
     reasons = [
-        (packs(config), "packed documents, whose bounds change"),
         (bool(config.chat.train_data), "--train-data, whose rows have other lengths each time"),
+        (packs(config), "packed documents, whose bounds change"),
         (size.num_experts is not None, "--num-experts, which get other numbers of tokens each time"),
         (size.decoder_layer is not None, "--decoder-layer, of which it knows nothing"),
         (is_soft(size), f"--ffn-type {size.ffn_type}"),

@@ -50,8 +50,18 @@ def check_precision(config: Config) -> None:
         raise ValueError("--loss-scale needs --fp16; bf16 and fp32 hold small gradients without one")
 
 
+def fp8_unit(config: Config) -> int:
+    """What sizes of matrices, and so tokens too, are divisible by: 1 without FP8."""
+    training = config.training
+    if training.fp8_format is None:
+        return 1
+    if training.fp8_recipe == "blockwise" and config.parallel.sequence_parallel:
+        return 128  # Transformer Engine gathers whole blocks.
+    return 32 if training.fp8_recipe == "mxfp8" else 16
+
+
 def check_fp8(config: Config) -> None:
-    """FP8 products come on top of bf16, and their sizes are multiples of 16, of 32 in mxfp8."""
+    """FP8 products come on top of bf16, and their sizes are multiples of :func:`fp8_unit`."""
     training, size, tensor = config.training, config.size, config.parallel.tensor_model_parallel_size
     if training.fp8_format is None:
         return
@@ -63,7 +73,7 @@ def check_fp8(config: Config) -> None:
             f"use --transformer-impl transformer_engine"
         )
     check_recipe(training, size.num_layers)
-    unit = 32 if training.fp8_recipe == "mxfp8" else 16
+    unit = fp8_unit(config)
     tokens = training.micro_batch_size * training.seq_length
     width = head_width(size)
     for what, number in (

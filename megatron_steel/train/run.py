@@ -12,7 +12,7 @@ import torch
 
 from megatron_steel.checkpoint import store
 from megatron_steel.config.check import padded_vocab_size, virtual_chunks
-from megatron_steel.config.check_precision import compute_type
+from megatron_steel.config.check_precision import compute_type, fp8_unit
 from megatron_steel.config.load import expand_model, to_flat
 from megatron_steel.config.rampup import batch_sizes
 from megatron_steel.data.batch import Builder
@@ -126,7 +126,7 @@ def chat_builder(prepared: Prepared, world: World) -> ChatBatchBuilder:
         group=world.sample_group,
         device=world.device,
         one_shape=world.pipeline_size > 1,
-        multiple=chunks * world.tensor_size,
+        multiple=chunks * world.tensor_size * fp8_unit(config),
         context_rank=world.context_rank,
         context_size=world.context_size,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_steel.config.check import check
-from megatron_steel.config.check_precision import check_same_precision, compute_type
+from megatron_steel.config.check_precision import check_precision, check_same_precision, compute_type, precision_notes
 from megatron_steel.config.load import from_flat
 from megatron_steel.config.schema import Config
 from megatron_steel.plan.estimate import memory_per_rank
@@ -131,3 +131,38 @@ def test_full_sharding_divides_everything_but_what_is_gathered() -> None:
     # Two layers and one, beside the table and the last norm.
     assert abs(gathered - table - 2 * layer) < 0.01 * layer and abs(reduced - table - layer) < 0.01 * layer
     assert (eight.activations, eight.logits) == (one.activations, one.logits)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"fp8_margin": -1}, "--fp8-margin must be 0 or more, not -1"),
+        ({"fp8_amax_history_len": 0}, "--fp8-amax-history-len must be 1 or more, not 0"),
+        (
+            {"first_last_layers_bf16": True, "fp8_recipe": "delayed"},
+            "--first-last-layers-bf16 does not go with --fp8-rec",
+        ),
+        (
+            {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 3},
+            "--num-layers-at-start-in-bf16 3 and --num-layers-at-end-in-bf16 1 leave none of the 4 layers to FP8",
+        ),
+        ({"fp8_recipe": "mxfp8", "seq_length": 1008}, "--micro-batch-size x --seq-length must be divisible by 32"),
+        (
+            {"fp8_recipe": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 1088},
+            "--fp8-recipe blockwise: .* must be divisible by 128",
+        ),
+    ],
+)
+def test_recipes_of_fp8_are_checked(flags: dict[str, Any], message: str) -> None:
+    config = from_flat({"bf16": True, "fp8_format": "hybrid", "transformer_impl": "transformer_engine", **flags})
+    with pytest.raises(ValueError, match=message):
+        check_precision(config)
+
+
+def test_options_of_other_recipes_are_said_to_change_nothing() -> None:
+    assert precision_notes(from_flat({"fp8_margin": 1, "num_layers_at_end_in_bf16": 2})) == [
+        "--fp8-margin has no effect without --fp8-recipe delayed",
+        "--num-layers-at-end-in-bf16 has no effect without --first-last-layers-bf16",
+    ]
+    taken = {"bf16": True, "fp8_format": "e4m3", "fp8_recipe": "delayed", "fp8_amax_history_len": 16}
+    assert precision_notes(from_flat(taken)) == []
