@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_steel.model.output import OutputLayer
+from megatron_steel.runtime import device
 
 # What megatron-core's and Transformer Engine's layers look at in their forward pass.
 SWITCHES = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
@@ -57,6 +58,9 @@ def fuse_weight_gradients(options: TransformerConfig, modules: Iterable[torch.nn
     """
     if not getattr(layers, "_grad_accum_fusion_available", False):
         layers.fused_weight_gradient_mlp_cuda = sys.modules[__name__]
+    if not device.has_gpu():
+        # Where it is installed, Transformer Engine's place holder of a gradient would be on a GPU.
+        layers.HAVE_TE = False
     options.gradient_accumulation_fusion = True
     for module in modules:
         for part in module.modules():

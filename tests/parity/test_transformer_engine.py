@@ -5,6 +5,7 @@ They refuse to be built without a GPU, though they only need one to compute: her
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,8 +37,7 @@ class Told:
 @contextmanager
 def told_of_a_gpu() -> Iterator[None]:
     """Transformer Engine's modules, and nothing else, believe that there is a GPU; models are built of them."""
-    import transformer_engine.pytorch.module.base as base
-
+    base: Any = sys.modules["transformer_engine.pytorch.module.base"]  # megatron-core has imported it
     before, choose = base.torch, build.choose_backend
     base.torch = Told(torch, cuda=Told(torch.cuda, is_available=lambda: True))
     build.choose_backend = lambda name, size: ("transformer_engine", "told")
