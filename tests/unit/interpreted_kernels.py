@@ -37,6 +37,20 @@ def test_swiglu(rows: int, width: int, draw: Draw, strided: bool) -> None:
     check_swiglu(rows, width, draw, strided)
 
 
+def test_a_weight_of_the_same_type_multiplies_what_is_rounded() -> None:
+    """As in Llama; a wider one before. The interpreter cuts bf16 off where a GPU rounds."""
+    draw = Draw(0, torch.bfloat16, "cpu")
+    x, weight = draw.normal(6, 64), draw.normal(64)
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+
+    def cut(wide: torch.Tensor) -> torch.Tensor:
+        return (wide.contiguous().view(torch.int32) & -65536).view(torch.float32)
+
+    for kind, wanted in ((torch.bfloat16, cut(cut(normed) * weight.float())), (torch.float32, cut(normed * weight))):
+        ours = rms_kernel.RMSNormKernel.apply(x, weight.to(kind), 1e-6).float()
+        assert (ours == wanted).float().mean() > 0.99, "sums in another order may end on the other side of a cut"
+
+
 def test_swiglu_of_several_blocks() -> None:
     check_swiglu(3, 4500, Draw(0, torch.float32, "cpu"))
 

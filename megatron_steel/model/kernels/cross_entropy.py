@@ -76,7 +76,7 @@ def backward_kernel(
     label, grad = tl.load(label_ptr + token) - first, tl.load(grad_ptr + token)
     share = tl.exp(x - tl.load(peak_ptr + token)) / tl.load(total_ptr + token)
     out = (share - tl.where(column == label, 1.0, 0.0)) * grad
-    tl.store(at_ptr, tl.where(column < valid, out, 0.0).to(logits_ptr.dtype.element_ty), mask=column < width)
+    tl.store(at_ptr, out.to(logits_ptr.dtype.element_ty), mask=column < width)
 
 
 def own_rows(width: int, valid: int, first: int) -> int:
