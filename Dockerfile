@@ -39,12 +39,13 @@ WORKDIR /opt/megatron_steel
 COPY constraints.txt ./
 RUN grep -vE '^(torch|numpy|triton)==' constraints.txt > /opt/constraints.txt \
  && pip install --no-deps -c /opt/constraints.txt megatron-core accelerate \
- && pip install -c /opt/constraints.txt psutil PyYAML safetensors sentencepiece tiktoken tokenizers transformers tyro \
-      tensorboard wandb pytest pytest-timeout hypothesis
+ && pip install -c /opt/constraints.txt gigatoken jinja2 nltk numpy orjson psutil pyarrow PyYAML safetensors sentencepiece \
+      tiktoken tokenizers tqdm transformers tyro tensorboard wandb pytest pytest-timeout hypothesis
 
 COPY . .
 RUN pip install --no-deps --no-build-isolation -e . \
- && python -c "import megatron.core, megatron_steel.config.load, transformers, tyro, torch; assert torch.version.cuda"
+ && python -c "import megatron.core, megatron_steel.pretrain, megatron_steel.finetune, megatron_steel.preference, \
+      megatron_steel.model.build, tools.preprocess_data, torch, triton; assert torch.version.cuda"
 
 # examples/*.sh use this interpreter as it is and install nothing.
 ENV STEEL_PYTHON=/usr/bin/python3

@@ -1,7 +1,7 @@
 """Training speed on one GPU: models, backends, precisions, and what each fused part is worth.
 
     python benchmarks/gpu_train.py --record benchmarks/records/gpu_train_NAME           # within 8 minutes
-    python benchmarks/gpu_train.py --stages te fp8 --minutes 8 --record ...
+    python benchmarks/gpu_train.py --stages engine fp8 --minutes 8 --record ...
     python benchmarks/gpu_train.py --smoke --record /some/where                         # on a CPU: does it run
 
 Every measurement is a process of its own that trains with the product's loop (``gpu_leg.py``) and measures square
@@ -35,7 +35,7 @@ LEG = Path(__file__).with_name("gpu_leg.py")
 GATE = 2e-3
 TOKENS = 65_536
 PARTS = ("kernels", "cross_entropy", "rms_norm", "swiglu", "rotate", "flash attention", "fused AdamW")
-STAGES = ("torch", "te", "fp8", "plain", "local", "ablation", "large")
+STAGES = ("torch", "engine", "fp8", "plain", "local", "ablation", "large")
 FP8 = {"fp8_format": "hybrid"}
 Case = dict[str, Any]
 
@@ -57,7 +57,7 @@ def stage_cases(stage: str) -> list[Case]:
             case("llama3.2_1b", 2048, "torch", 32),
             case("steel_1b", 2048, "torch"),
         ],
-        "te": [
+        "engine": [
             case("llama3.2_1b", 4096, "transformer_engine"),
             case("olmo2_1b", 4096, "transformer_engine"),
         ],

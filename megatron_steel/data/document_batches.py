@@ -146,7 +146,8 @@ class BatchBuilder:
         """
         _, rows, length = tokens.shape
         whole = row_bounds(rows, length)
-        positions, bounds = [], []
+        positions: list[torch.Tensor] = []
+        bounds: list[np.ndarray | None] = []
         for tokens_BS in tokens:
             documents = document_bounds(tokens_BS, self.eod_id)
             bounds.append(documents if self.reset_attention_mask else whole)

@@ -140,7 +140,5 @@ def check_cross_entropy(rows: int, width: int, valid: int, draw: Draw, shares: i
     for number, part in enumerate(parts):
         out = kernel.overwrite(part, labels, total, peak, grad, valid, width * number)
         assert out.data_ptr() == part.data_ptr() and out.dtype == draw.dtype
-        close(
-            out, wide.grad[:, width * number : width * (number + 1)], draw.share, f"gradient of share {number}"
-        )
+        close(out, wide.grad[:, width * number : width * (number + 1)], draw.share, f"gradient of share {number}")
         assert not out[:, max(valid - width * number, 0) :].any(), "padding has no gradient"

@@ -228,7 +228,7 @@ def declared(section: str, key: str) -> set[str]:
 
 def third_party(*folders: str) -> set[str]:
     """Distributions the Python files under the folders import."""
-    ours = {"megatron_steel", "tools"} | {Path(path).stem for path in sources("tests")}
+    ours = {"megatron_steel", "tools"} | {Path(path).stem for path in sources("tests", "benchmarks")}
     found = set()
     for path, text in sources(*folders).items():
         tops = {name.split(".")[0] for _, name in rules.imports(path, text)}
@@ -244,6 +244,11 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     pinned = {name.lower().replace("_", "-") for name in re.findall(r"^([A-Za-z0-9_.-]+)==", constraints, re.M)}
     assert core | log | clean | dev <= pinned | {"megatron-steel"}
+
+
+def test_the_image_has_what_the_package_needs() -> None:
+    named = {word.lower() for word in re.findall(r"[\w.-]+", (ROOT / "Dockerfile").read_text(encoding="utf-8"))}
+    assert declared("options", "install_requires") <= named
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
