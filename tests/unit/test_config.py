@@ -216,7 +216,7 @@ def test_bad_model_folder(tmp_path: Path, text: str, message: str) -> None:
         (["--nun-layers", "3"], "unknown option --nun-layers; did you mean --num-layers?"),
         (["--exit-duration", "3"], "unknown option --exit-duration; did you mean --exit-duration-in-mins?"),
         (["--qqqqqq"], "unknown option --qqqqqq; --help lists all"),
-        (["--manual-gc"], "--manual-gc is a Megatron-LM flag this engine does not take: not supported yet"),
+        (["--async-save"], "--async-save is a Megatron-LM flag this engine does not take: not supported yet"),
         (["--use-checkpoint-opt_param-scheduler"], "--use-checkpoint-opt-param-scheduler is a Megatron-LM flag"),
         (["--num-layers", "many"], "--num-layers"),
         (["--num-layers"], "Missing value for argument '--num-layers'"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_steel.model.kernels import choice
@@ -14,8 +16,15 @@ from megatron_steel.model.kernels import choice
 HERE = Path(__file__).parent
 
 
+def interprets() -> bool:
+    """Triton 3.6's interpreter makes numbers of arrays of one element, which numpy 2.4 no longer does."""
+    return version("triton") >= "3.7" or np.lib.NumpyVersion(np.__version__) < "2.4.0"
+
+
 @pytest.mark.skipif(not choice.has_triton(), reason="Triton has no wheels for this system")
 def test_kernels_in_the_interpreter() -> None:
+    if not interprets():
+        pytest.skip("Triton before 3.7 interprets with numpy before 2.4 only")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_kernels.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
