@@ -29,7 +29,8 @@ if [ "$GPUS_PER_NODE" -gt 0 ]; then
   GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-512} LR=${LR:-3e-4} MIN_LR=${MIN_LR:-0} WARMUP_ITERS=${WARMUP_ITERS:-2000}
   TRAIN_ITERS=${TRAIN_ITERS:-1070000} SAVE_INTERVAL=${SAVE_INTERVAL:-2000} EVAL_INTERVAL=${EVAL_INTERVAL:-2000}
   LOG_INTERVAL=${LOG_INTERVAL:-20}
-  DEVICE_FLAGS=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+  DEVICE_FLAGS=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --manual-gc --manual-gc-interval 100)
   echo "GPUs found: $RANKS on each of $NNODES node(s). Training $MODEL."
 else
   RANKS=${RANKS_PER_NODE:-2}
