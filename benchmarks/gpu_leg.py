@@ -110,6 +110,7 @@ def without(part: str | None) -> Iterator[None]:
 
             for name in KERNELS[part]:
                 module = import_module(f"megatron_steel.model.{name}")
+                assert callable(module.takes_kernel), name
                 module.takes_kernel = lambda tensor: False  # type: ignore[attr-defined]
         elif part == "flash attention":
             from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -125,7 +126,14 @@ def without(part: str | None) -> Iterator[None]:
                 for group in optimizer.param_groups:
                     group["fused"], group["foreach"] = False, True
 
-            step.set_rates = set_rates
+            update = torch.optim.AdamW.step
+
+            def unfused(optimizer: torch.optim.AdamW, closure: Any = None) -> Any:
+                # Only the fused kernel reads whether to skip; the others assert that nobody asks for it.
+                optimizer.found_inf = None  # type: ignore[attr-defined]
+                return update(optimizer, closure)
+
+            step.set_rates, torch.optim.AdamW.step = set_rates, unfused  # type: ignore[method-assign]
         else:
             assert part is None, part
         yield

@@ -29,14 +29,14 @@ def test_smoke_run_writes_a_consistent_record(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "record.json").read_text())["rows"]
-    ours, plain, bare, engine = rows
-    for row in (ours, plain, bare):
+    ours, plain, bare, unfused, engine = rows
+    for row in (ours, plain, bare, unfused):
         step = row["samples"] * row["seq_length"] / row["tokens_per_s"]
         assert step == pytest.approx(row["step_ms"] / 1e3) == pytest.approx(sum(row["block_ms"]) / 2e3)
         assert row["tflops"] == pytest.approx(row["tokens_per_s"] * row["gflop_per_token"] / 1e3)
         assert row["share_of_matmul"] == pytest.approx(row["tflops"] / max(row["matmul_tflops"]))
         assert abs(row["loss"] - math.log(512)) < 0.2
-    assert ours["loss"] == bare["loss"] and plain["backend"] == "plain megatron-core"
+    assert ours["loss"] == bare["loss"] == unfused["loss"] and plain["backend"] == "plain megatron-core"
     assert "no GPU is visible" in engine["error"]
     table = (tmp_path / "record.md").read_text()
     assert f"| smoke, 64, torch, fp32 | 2 | {ours['tokens_per_s']:,.0f} |" in table and "first losses agree" in table
