@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -101,6 +103,17 @@ def matmul_rate(seconds: float) -> float:
     return 2.0 * size**3 * products / passed
 
 
+def sensors() -> dict[str, float]:
+    """Watts and MHz of the GPU right now, as nvidia-smi says; nothing where it is not."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+    found = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    # A value that a machine does not tell is "[N/A]".
+    values = zip(("watts", "sm_mhz"), found.stdout.strip().split(","), strict=False)
+    return {name: float(value) for name, value in values if value.strip().replace(".", "").isdigit()}
+
+
 @contextlib.contextmanager
 def without(part: str | None) -> Iterator[None]:
     """A part of the ``torch`` backend taken out, as the ablation asks: PyTorch's own functions do its work."""
@@ -159,6 +172,7 @@ def measure(config: Config, case: dict[str, Any], first_loss: Callable[[], float
     for _ in range(case["warmup"]):
         step()
     blocks = timed_blocks(step, case)
+    read = sensors()
     after = matmul_rate(case["matmul_seconds"])
     tokens, seconds = case["samples"] * case["seq_length"], statistics.median(blocks)
     padded = padded_vocab_size(MODELS[case["model"]]["vocab_size"], config.size.make_vocab_size_divisible_by, 1)
@@ -170,7 +184,7 @@ def measure(config: Config, case: dict[str, Any], first_loss: Callable[[], float
         "tokens_per_s": rate, "step_ms": seconds * 1e3, "block_ms": [block * 1e3 for block in blocks],
         "gflop_per_token": flops / 1e9, "tflops": rate * flops / 1e12, "mfu": rate * flops / sheet,
         "share_of_matmul": rate * flops / ceiling, "matmul_tflops": [before / 1e12, after / 1e12],
-        "peak_gb": device.peak_memory_bytes() / 1e9,
+        **read, "peak_gb": device.peak_memory_bytes() / 1e9,
     }  # fmt: skip
 
 
