@@ -32,7 +32,8 @@ wants() { [[ " $STEPS " == *" $1 "* ]]; }
 
 if [ "$GPUS_PER_NODE" -gt 0 ]; then
   RANKS=$GPUS_PER_NODE
-  DEVICE_FLAGS=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+  DEVICE_FLAGS=(--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --manual-gc --manual-gc-interval 100)
   echo "GPUs found: $RANKS on each of $NNODES node(s). Finetuning $PRETRAINED."
 else
   RANKS=${RANKS_PER_NODE:-2}
