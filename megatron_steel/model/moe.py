@@ -5,6 +5,7 @@ Shapes: T tokens of a micro-batch on this rank, E experts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from megatron_steel.config.schema import ModelConfig
 
-EXPERTS = (".local_experts.", ".mlp.experts.linear_fc")
-"""What names of experts' weights have in them, run one after another or grouped."""
+EXPERTS = re.compile(r"\.local_experts\.|\.mlp\.experts\.linear_fc[12]\.(weight|bias)\d+$")
+"""In names of experts' weights, one after another or grouped; a soft mixture's experts are one weight, and dense."""
 
 
 def expert_options(size: ModelConfig, grouped: bool = False) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def mark_experts(model: torch.nn.Module) -> None:
     either, and the optimizer would have one part instead of two: such a checkpoint would not load on other layouts.
     """
     for name, parameter in model.named_parameters():
-        if any(part in name for part in EXPERTS):
+        if EXPERTS.search(name):
             parameter.allreduce = False
             # Transformer Engine, which knows nothing of how experts are shared out, says the rows for all of them.
             if getattr(parameter, "tensor_model_parallel", False):
