@@ -10,21 +10,12 @@ import pytest
 from engine_stand_in import stand_in
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from pool import WorkerPool
-from tiny_run import MIXTURE, ROWS, largest_relative, options, start_world, work_train, write_data
+from tiny_run import GPT, MIXTURE, PLAIN, ROWS, largest_relative, options, start_world, work_train, write_data
 
 from megatron_steel.checkpoint.store import model_state
 from megatron_steel.config.load import from_flat
 from megatron_steel.model.build import build_model
 
-PLAIN: dict[str, Any] = {"add_qkv_bias": False}
-GPT: dict[str, Any] = {
-    **PLAIN,
-    "normalization": "LayerNorm",
-    "activation": "gelu",
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "num_query_groups": None,
-}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": PLAIN,
     "qwen2": {},

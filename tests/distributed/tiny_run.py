@@ -49,6 +49,16 @@ OPTIONS: dict[str, Any] = {
     "lr_warmup_iters": 2,
     "min_lr": 2e-4,
 }
+# Changes of the above that make other families: Llama's attention, and GPT's norms and feed-forward.
+PLAIN: dict[str, Any] = {"add_qkv_bias": False}
+GPT: dict[str, Any] = {
+    **PLAIN,
+    "normalization": "LayerNorm",
+    "activation": "gelu",
+    "gated_linear_unit": False,
+    "add_bias_linear": True,
+    "num_query_groups": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

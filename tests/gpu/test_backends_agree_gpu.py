@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command_line import as_flags, run
 from pool import WorkerPool
-from tiny_run import MIXTURE, Trace, largest_relative, options, work_train, write_data
+from tiny_run import GPT, MIXTURE, PLAIN, Trace, largest_relative, options, work_train, write_data
 
 from megatron_steel.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_steel.model.backends import have_transformer_engine
@@ -22,15 +22,6 @@ BACKENDS = [pytest.param("local", id="local"), pytest.param("transformer_engine"
 WIDE: dict[str, Any] = {
     "hidden_size": 256, "ffn_hidden_size": 512, "seq_length": 128, "max_position_embeddings": 128, "bf16": True,
 }  # fmt: skip
-PLAIN: dict[str, Any] = {"add_qkv_bias": False}
-GPT: dict[str, Any] = {
-    **PLAIN,
-    "normalization": "LayerNorm",
-    "activation": "gelu",
-    "gated_linear_unit": False,
-    "add_bias_linear": True,
-    "num_query_groups": None,
-}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": PLAIN,
     "qwen2": {},
